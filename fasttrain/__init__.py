@@ -1,0 +1,58 @@
+"""fasttrain: train hundreds of small neural networks at once and map EMC scaling curves.
+
+EMC (Effective Model Complexity) is the largest number of samples that a model and its training procedure fit to
+100 % (Nakkiran et al. 2019; arXiv 2406.11463). The whole public surface is what this module exports.
+"""
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+# The same bits for a model whatever trains beside it need MKL's strict reproducibility mode, which MKL reads once,
+# at its first call; a value that the user has set wins (docs/decisions/0002-bitwise-on-cpu.md).
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+if TYPE_CHECKING:
+    from fasttrain.analysis import Results, load
+    from fasttrain.errors import UserError
+    from fasttrain.records import Outcome
+    from fasttrain.run import Preview, Progress, preview, scan
+    from fasttrain.spec import ScanSpec, Variant
+
+__version__ = "0.1.0"
+
+# Imported on first use: `import fasttrain` costs milliseconds, torch and pandas cost seconds.
+_EXPORTS = {
+    "Outcome": "fasttrain.records",
+    "Preview": "fasttrain.run",
+    "Progress": "fasttrain.run",
+    "Results": "fasttrain.analysis",
+    "ScanSpec": "fasttrain.spec",
+    "UserError": "fasttrain.errors",
+    "Variant": "fasttrain.spec",
+    "load": "fasttrain.analysis",
+    "preview": "fasttrain.run",
+    "scan": "fasttrain.run",
+}
+__all__ = [
+    "Outcome",
+    "Preview",
+    "Progress",
+    "Results",
+    "ScanSpec",
+    "UserError",
+    "Variant",
+    "load",
+    "preview",
+    "scan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'fasttrain' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -1,0 +1,153 @@
+"""The records that pass between search, trainer and store. Plain values; no torch."""
+
+import enum
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from fasttrain.spec import Variant
+
+
+class Outcome(enum.StrEnum):
+    """How a probe ended. Only ``FITTED`` counts as a fit; the others say why there was none."""
+
+    FITTED = "fitted"
+    PLATEAUED = "plateaued"
+    DIVERGED = "diverged"
+    OUT_OF_BUDGET = "out_of_budget"
+
+    @property
+    def message(self) -> str:
+        """What the outcome means, in a sentence."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    Outcome.FITTED: "every training sample was classified strictly right at a check",
+    Outcome.PLATEAUED: "the best training loss fell by less than 10 % since half of the steps so far",
+    Outcome.DIVERGED: "the training loss became NaN or infinite",
+    Outcome.OUT_OF_BUDGET: "the steps ran out while the loss was still falling",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One variant as the search sees it.
+
+    Attributes:
+        index: position of the variant in the scan; the key that probes and estimates carry.
+        variant: its settings.
+        params: trained parameters, biases included.
+        n_min: smallest number of samples that may be tried.
+        n_max: largest number of samples that may be tried.
+    """
+
+    index: int
+    variant: Variant
+    params: int
+    n_min: int
+    n_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One training run to be made: fresh data and fresh initial weights, keyed by (seed, n).
+
+    Attributes:
+        variant: ``Problem.index``.
+        n: training samples.
+        seed: 0, 1, 2, ... at each n.
+        round: round of the search that asked for it; 0 is the bracket.
+    """
+
+    variant: int
+    n: int
+    seed: int
+    round: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class History:
+    """Training curve of one probe at its checks, thinned; three arrays of one length.
+
+    Attributes:
+        step: int64, optimizer steps taken.
+        train_loss: float64, mean cross-entropy over all n samples, in nats.
+        train_accuracy: float64, share of the n samples that are strictly right.
+    """
+
+    step: np.ndarray
+    train_loss: np.ndarray
+    train_accuracy: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProbeResult:
+    """What one training run gave.
+
+    Attributes:
+        probe: the run that was asked for.
+        outcome: how it ended.
+        steps: optimizer steps taken.
+        fit_step: step of the first fit; -1 if there was none.
+        train_loss: mean cross-entropy over the n samples at the last check, in nats.
+        train_error: share of the n samples not strictly right at the last check.
+        history: its training curve.
+        started: seconds after the start of the scan at which it took a slot.
+        finished: seconds after the start of the scan at which it left.
+        train_seconds: its share of the time that the batches it was in took.
+    """
+
+    probe: Probe
+    outcome: Outcome
+    steps: int
+    fit_step: int
+    train_loss: float
+    train_error: float
+    history: History
+    started: float = math.nan
+    finished: float = math.nan
+    train_seconds: float = math.nan
+
+    @property
+    def fitted(self) -> bool:
+        """Whether every sample was fitted."""
+        return self.outcome is Outcome.FITTED
+
+
+class Censored(enum.StrEnum):
+    """Whether EMC50 lies outside of what could be measured."""
+
+    NO = "no"
+    ABOVE = "above"
+    BELOW = "below"
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """EMC50 of one variant from its finished probes.
+
+    Attributes:
+        variant: ``Problem.index``.
+        emc50: n at which the whole probability of a fit is one half (posterior median); NaN if censored or unknown.
+        emc50_low: lower end of the interval; the bound n_max if censored above, 0 if censored below.
+        emc50_high: upper end; infinite if it lies beyond n_max or was not reached, n_min if censored below.
+        slope: s in P(fit) = (1 - lapse) / (1 + exp(s (ln n - ...))), posterior median.
+        lapse: probability to fail where n is no obstacle, posterior mean.
+        censored: whether EMC50 lies above n_max or below n_min.
+        budget_spent: whether max_probes (or the last admissible seed) ended the search before the tolerance was met.
+        finished: whether the search of this variant has ended.
+        n_probes: finished probes behind the estimate.
+    """
+
+    variant: int
+    emc50: float
+    emc50_low: float
+    emc50_high: float
+    slope: float
+    lapse: float
+    censored: Censored
+    budget_spent: bool
+    finished: bool
+    n_probes: int

@@ -1,0 +1,359 @@
+"""What a scan measures: a frozen, validated specification and the variants that it spans."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fasttrain.activations import ACTIVATIONS
+from fasttrain.errors import UserError
+
+ARCHITECTURES = ("mlp",)
+OPTIMIZERS = ("sgd", "adam")
+LABELS = ("random", "true")
+BACKENDS = ("auto", "loop", "vmap")
+PRECISIONS = ("auto", "float32", "float64")
+FULL_BATCH = 0
+"""The ``batch_size`` of full-batch training; written ``full`` in a spec and on the command line."""
+
+# Longer lists are a typing error (1:10000000), not a scan, and would take the memory before anything checks it.
+_MOST_VALUES = 100_000
+_INTEGERS = "whole numbers such as 4,8,16 or a range 4:64:4 or 2^3:2^8 (both ends included)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One point of a scan: a model family member and the procedure that trains it.
+
+    Attributes:
+        arch: architecture family.
+        width: hidden units a layer; 0 for the linear classifier (depth 0).
+        depth: hidden layers.
+        activation: name in ``ACTIVATIONS``; ``"none"`` for the linear classifier.
+        optimizer: ``"sgd"`` or ``"adam"``.
+        lr: learning rate, constant.
+        momentum: of SGD; 0 for Adam, which has none.
+        batch_size: samples a step; ``FULL_BATCH`` (0) takes all n.
+        labels: ``"random"`` or ``"true"``.
+        classes: C, the number of labels.
+    """
+
+    arch: str
+    width: int
+    depth: int
+    activation: str
+    optimizer: str
+    lr: float
+    momentum: float
+    batch_size: int
+    labels: str
+    classes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScanSpec:
+    """Everything that decides the numbers of a scan. Lists make a product; a single value stands for a list of one.
+
+    Attributes:
+        arch: architecture family: ``"mlp"``.
+        widths: hidden units a layer, each >= 1. Also text: ``"4,8,16"``, ``"4:64:4"``, ``"2^3:2^8"``.
+        depths: hidden layers, each >= 0; 0 is the linear classifier, for which widths and activations mean nothing.
+        activation: names in ``ACTIVATIONS``.
+        data: ``"digits"`` or ``"gaussian:D"`` (inputs N(0, I_D)).
+        labels: ``"random"`` (uniform over the classes) and/or ``"true"``.
+        classes: numbers of classes, each >= 2; ``None`` takes the data set's (10 for gaussian).
+        optimizer: ``"sgd"`` and/or ``"adam"``.
+        lr: learning rates, each > 0 and finite.
+        momentum: of SGD, in [0, 1).
+        batch_size: samples a step, each >= 1, or ``"full"``.
+        steps: optimizer steps a probe may take (the budget).
+        check_every: steps between evaluations on the whole training set.
+        seeds: at most so many probes at one n of one variant.
+        n_min: smallest n tried; ``None`` is 2.
+        n_max: largest n tried; ``None`` is the data set's size, and for gaussian 4 times the parameters.
+        interval: probability content of the reported interval, in (0, 1).
+        tolerance: a variant is done when its interval's half-width is at most this share of EMC50.
+        max_probes: at most so many probes a variant.
+        seed: base of all randomness of the scan.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        backend: ``"auto"``, ``"vmap"`` or ``"loop"``.
+        precision: ``"auto"`` (float32), ``"float32"`` or ``"float64"``.
+
+    Raises:
+        UserError: a value is out of its range; the message names the field, the value and what is accepted.
+    """
+
+    arch: str = "mlp"
+    widths: tuple[int, ...] = (4, 8, 16, 24)
+    depths: tuple[int, ...] = (1,)
+    activation: tuple[str, ...] = ("relu",)
+    data: str = "digits"
+    labels: tuple[str, ...] = ("random",)
+    classes: tuple[int, ...] | None = None
+    optimizer: tuple[str, ...] = ("adam",)
+    lr: tuple[float, ...] = (0.01,)
+    momentum: float = 0.9
+    batch_size: tuple[int, ...] = (64,)
+    steps: int = 10_000
+    check_every: int = 100
+    seeds: int = 16
+    n_min: int | None = None
+    n_max: int | None = None
+    interval: float = 0.9
+    tolerance: float = 0.1
+    max_probes: int = 96
+    seed: int = 0
+    device: str = "auto"
+    backend: str = "auto"
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, value in _validated(self).items():
+            object.__setattr__(self, name, value)
+
+    def variants(self, classes: int) -> tuple[Variant, ...]:
+        """The product of all lists, in the order of the fields, without repeats.
+
+        Args:
+            classes: the number of classes where the spec leaves it to the data set.
+        """
+        seen: dict[Variant, None] = {}
+        axes = itertools.product(
+            self.depths,
+            self.widths,
+            self.activation,
+            self.labels,
+            self.classes or (classes,),
+            self.optimizer,
+            self.lr,
+            self.batch_size,
+        )
+        for depth, width, activation, labels, n_classes, optimizer, lr, batch_size in axes:
+            linear = depth == 0
+            variant = Variant(
+                arch=self.arch,
+                width=0 if linear else width,
+                depth=depth,
+                activation="none" if linear else activation,
+                optimizer=optimizer,
+                lr=lr,
+                momentum=self.momentum if optimizer == "sgd" else 0.0,
+                batch_size=batch_size,
+                labels=labels,
+                classes=n_classes,
+            )
+            seen.setdefault(variant)
+        return tuple(seen)
+
+    def to_json(self) -> str:
+        """The spec as JSON text with every field; ``from_json`` gives an equal spec back."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "ScanSpec":
+        """The spec that ``to_json`` wrote.
+
+        Raises:
+            UserError: the text is no JSON object, or a field is unknown or out of its range.
+        """
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError("spec", text[:40], f"not JSON ({error})") from None
+        if not isinstance(fields, dict):
+            raise UserError("spec", text[:40], "expected a JSON object with the fields of ScanSpec")
+        return cls.from_mapping(fields)
+
+    @classmethod
+    def from_mapping(cls, fields: Mapping[str, Any]) -> "ScanSpec":
+        """A spec from named fields (``check_every`` or ``check-every``); what is left out takes its default.
+
+        Raises:
+            UserError: a field is unknown or out of its range.
+        """
+        return cls(**spec_fields(fields))
+
+    def digest(self) -> str:
+        """SHA-256 (hexadecimal) of the spec: equal for equal specs, on any machine."""
+        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def spec_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The same fields under their Python names.
+
+    Raises:
+        UserError: a name that ``ScanSpec`` does not have, or one given twice (``n-max`` and ``n_max``).
+    """
+    known = [field.name for field in dataclasses.fields(ScanSpec)]
+    out: dict[str, Any] = {}
+    for key, value in fields.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise UserError("spec", key, f"no such field; the fields are {', '.join(known)}")
+        if name in out:
+            raise UserError("spec", key, "given twice")
+        out[name] = value
+    return out
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The fields of a TOML spec file, under their Python names, not yet checked for their values.
+
+    Raises:
+        UserError: the file cannot be read, is no TOML, or has an unknown field.
+    """
+    try:
+        with open(path, "rb") as file:
+            return spec_fields(tomllib.load(file))
+    except OSError as error:
+        raise UserError("spec", path, f"cannot be read ({error.strerror}); give a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError("spec", path, f"is not TOML ({error})") from None
+
+
+def parse_integers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers from text: a list ``4,8``, a range ``4:64:4`` or ``4:8``, or powers ``2^3:2^8``; ends included.
+
+    Raises:
+        UserError: the text is none of these, or a range runs backwards.
+    """
+    out: list[int] = []
+    for item in text.split(","):
+        item = item.strip()
+        if match := re.fullmatch(r"(\d{1,18})", item):
+            out.append(int(item))
+        elif match := re.fullmatch(r"(\d{1,18}):(\d{1,18})(?::(\d{1,18}))?", item):
+            first, last, step = int(match[1]), int(match[2]), int(match[3] or 1)
+            if last < first or step < 1:
+                raise UserError(option, item, f"a range runs upwards, first:last:step; expected {_INTEGERS}")
+            if (last - first) // step >= _MOST_VALUES:
+                raise UserError(option, item, f"more than {_MOST_VALUES} values; expected {_INTEGERS}")
+            out.extend(range(first, last + 1, step))
+        elif match := re.fullmatch(r"(\d{1,3})\^(\d{1,2})(?::\1\^(\d{1,2}))?", item):
+            base, low, high = int(match[1]), int(match[2]), int(match[3] or match[2])
+            if high < low:
+                raise UserError(option, item, f"a range runs upwards; expected {_INTEGERS}")
+            out.extend(base**exponent for exponent in range(low, high + 1))
+        else:
+            raise UserError(option, item or repr(text), f"expected {_INTEGERS}")
+    return tuple(out)
+
+
+def _values(option: str, value: object) -> tuple[Any, ...]:
+    """A list of one or more values, without repeats, from a single value, comma-separated text or a list."""
+    if isinstance(value, str):
+        items: Iterable[Any] = [item.strip() for item in value.split(",")]
+    elif isinstance(value, Iterable):
+        items = value
+    else:
+        items = [value]
+    out = tuple(dict.fromkeys(items))
+    if not out:
+        raise UserError(option, "(empty)", "expected at least one value")
+    return out
+
+
+def _integer(option: str, value: object, least: int, what: str | None = None) -> int:
+    if isinstance(value, str) and re.fullmatch(r"\d{1,18}", value.strip()):
+        value = int(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)
+    index = getattr(value, "__index__", None)
+    if isinstance(value, bool) or index is None or index() < least:
+        raise UserError(option, value, f"expected {what or f'a whole number of at least {least}'}")
+    if index() > 10**18:
+        raise UserError(option, value, "expected a whole number of at most 10^18")
+    return int(index())
+
+
+def _number(option: str, value: object, low: float, high: float, what: str) -> float:
+    """A float strictly inside (low, high)."""
+    try:
+        number = float(value) if not isinstance(value, bool) else math.nan  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not low < number < high:
+        raise UserError(option, value, f"expected {what}")
+    return number
+
+
+def _choice(option: str, value: object, accepted: Iterable[str]) -> str:
+    accepted = list(accepted)
+    if value not in accepted:
+        raise UserError(option, value, f"expected one of {', '.join(accepted)}")
+    return str(value)
+
+
+def _integers(option: str, value: object, least: int) -> tuple[int, ...]:
+    items = parse_integers(option, value) if isinstance(value, str) else _values(option, value)
+    return tuple(dict.fromkeys(_integer(option, item, least, _whole_from(least)) for item in items))
+
+
+def _whole_from(least: int) -> str:
+    return f"{_INTEGERS}, each at least {least}"
+
+
+def _batch(value: object) -> int:
+    if value in ("full", FULL_BATCH) and not isinstance(value, bool):
+        return FULL_BATCH
+    return _integer("batch_size", value, 1, "a whole number of at least 1, or full")
+
+
+def _validated(spec: ScanSpec) -> dict[str, Any]:
+    """The fields of a spec in their final types.
+
+    Raises:
+        UserError: for the first field that is out of its range.
+    """
+    device = spec.device
+    if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise UserError("device", device, "expected auto, cpu, cuda or cuda:N")
+    if not isinstance(spec.data, str) or not spec.data:
+        raise UserError("data", spec.data, "expected the name of a data set, digits or gaussian:D")
+    lr = "a number above 0, such as 0.01"
+    momentum = spec.momentum if spec.momentum != 0 else 0.0
+    if momentum != 0.0:
+        momentum = _number("momentum", momentum, 0.0, 1.0, "a number from 0 up to, not including, 1")
+    n_min = None if spec.n_min is None else _integer("n_min", spec.n_min, 1)
+    n_max = None if spec.n_max is None else _integer("n_max", spec.n_max, 2)
+    if n_min is not None and n_max is not None and n_min >= n_max:
+        raise UserError("n_min", n_min, f"expected less than n-max, which is {n_max}")
+    steps = _integer("steps", spec.steps, 1)
+    check_every = _integer("check_every", spec.check_every, 1)
+    if check_every > steps:
+        raise UserError("check_every", check_every, f"expected at most the number of steps, {steps}")
+    return {
+        "arch": _choice("arch", spec.arch, ARCHITECTURES),
+        "widths": _integers("widths", spec.widths, 1),
+        "depths": _integers("depths", spec.depths, 0),
+        "activation": tuple(
+            _choice("activation", name, ACTIVATIONS) for name in _values("activation", spec.activation)
+        ),
+        "labels": tuple(_choice("labels", name, LABELS) for name in _values("labels", spec.labels)),
+        "classes": None if spec.classes is None else _integers("classes", spec.classes, 2),
+        "optimizer": tuple(
+            _choice("optimizer", name, OPTIMIZERS) for name in _values("optimizer", spec.optimizer)
+        ),
+        "lr": tuple(_number("lr", value, 0.0, math.inf, lr) for value in _values("lr", spec.lr)),
+        "momentum": momentum,
+        "batch_size": tuple(_batch(value) for value in _values("batch_size", spec.batch_size)),
+        "steps": steps,
+        "check_every": check_every,
+        "seeds": _integer("seeds", spec.seeds, 1),
+        "n_min": n_min,
+        "n_max": n_max,
+        "interval": _number("interval", spec.interval, 0.0, 1.0, "a probability between 0 and 1, such as 0.9"),
+        "tolerance": _number("tolerance", spec.tolerance, 0.0, math.inf, "a number above 0, such as 0.1"),
+        "max_probes": _integer("max_probes", spec.max_probes, 1),
+        "seed": _integer("seed", spec.seed, 0),
+        "backend": _choice("backend", spec.backend, BACKENDS),
+        "precision": _choice("precision", spec.precision, PRECISIONS),
+    }
