@@ -1,0 +1,77 @@
+"""Optimizers over stacked parameters, with hyper-parameters and step counts of each model's own.
+
+Only operations that round once (no lerp, addcmul or add with alpha): whether a compiler contracts those to a fused
+multiply-add depends on where an element lies in the array, and so on the models beside it.
+"""
+
+from typing import Protocol
+
+import torch
+
+
+class Optimizer(Protocol):
+    """One update of all models; state arrays have the shape [E, P] of the parameters and start at zero."""
+
+    state_names: tuple[str, ...]
+
+    def tables(self, step: torch.Tensor, lr: torch.Tensor, momentum: torch.Tensor) -> list[torch.Tensor]:
+        """Per-model coefficients of the coming updates.
+
+        Args:
+            step: int64 [S, E], 1 for a model's first update.
+            lr: float64 [E].
+            momentum: float64 [E].
+
+        Returns:
+            float64 tensors [S, E]; ``update`` takes a row of each as [E, 1] in the dtype of the parameters.
+        """
+
+    def update(
+        self, params: torch.Tensor, grads: torch.Tensor, state: list[torch.Tensor], row: list[torch.Tensor]
+    ) -> None:
+        """Updates ``params`` and ``state`` [E, P] in place; may overwrite ``grads``."""
+
+
+class SGD:
+    """SGD with (heavy-ball) momentum as torch.optim.SGD has it: buf = momentum buf + g; p -= lr buf."""
+
+    state_names = ("momentum_buffer",)
+
+    def tables(self, step: torch.Tensor, lr: torch.Tensor, momentum: torch.Tensor) -> list[torch.Tensor]:
+        """Learning rate and momentum, constant over the steps."""
+        return [lr.expand(step.shape), momentum.expand(step.shape)]
+
+    def update(
+        self, params: torch.Tensor, grads: torch.Tensor, state: list[torch.Tensor], row: list[torch.Tensor]
+    ) -> None:
+        """One step."""
+        (buffer,) = state
+        lr, momentum = row
+        buffer.mul_(momentum).add_(grads)
+        params.sub_(torch.mul(buffer, lr, out=grads))
+
+
+class Adam:
+    """Adam (Kingma and Ba 2015) as torch.optim.Adam has it: epsilon outside of the corrected root."""
+
+    state_names = ("exp_avg", "exp_avg_sq")
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+
+    def tables(self, step: torch.Tensor, lr: torch.Tensor, momentum: torch.Tensor) -> list[torch.Tensor]:
+        """Bias-corrected step size, and the factor that corrects the root of the second moment."""
+        t = step.to(torch.float64)
+        return [lr / (1 - self.beta1**t), (1 - self.beta2**t).rsqrt()]
+
+    def update(
+        self, params: torch.Tensor, grads: torch.Tensor, state: list[torch.Tensor], row: list[torch.Tensor]
+    ) -> None:
+        """One step."""
+        mean, square = state
+        step_size, correction = row
+        mean.mul_(self.beta1).add_(grads * (1 - self.beta1))
+        square.mul_(self.beta2).add_(grads.mul_(grads).mul_(1 - self.beta2))
+        denominator = torch.sqrt(square, out=grads).mul_(correction).add_(self.eps)
+        params.sub_(torch.div(mean, denominator, out=grads).mul_(step_size))
+
+
+OPTIMIZERS: dict[str, Optimizer] = {"sgd": SGD(), "adam": Adam()}

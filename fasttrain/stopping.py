@@ -1,0 +1,81 @@
+"""When a run is looked at and when it ends: the rules, and the record of one run's checks."""
+
+import bisect
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from fasttrain.records import History, Outcome
+
+PLATEAU_AFTER = 0.1  # share of the budget before which no run is called a plateau
+PLATEAU_RATIO = 0.9  # best loss now over best loss at half of the steps so far, above which it is one
+_HISTORY_POINTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class StopRules:
+    """Budget and cadence of a run.
+
+    Attributes:
+        steps: optimizer steps it may take.
+        check_every: steps between checks; there is one at the last step too.
+    """
+
+    steps: int
+    check_every: int
+
+    def next_check(self, step: int) -> int:
+        """The first step after ``step`` at which the run is checked."""
+        return min((step // self.check_every + 1) * self.check_every, self.steps)
+
+
+class Monitor:
+    """The checks of one run so far, and the verdict on it."""
+
+    def __init__(self, rules: StopRules) -> None:
+        self.rules = rules
+        self._steps: list[int] = []
+        self._losses: list[float] = []
+        self._errors: list[float] = []
+        self._best: list[float] = []
+
+    def observe(self, step: int, loss: float, wrong: int, n: int) -> Outcome | None:
+        """Records a check and says how the run ended, or None while it goes on.
+
+        Args:
+            step: optimizer steps taken.
+            loss: mean cross-entropy over all n samples, in nats.
+            wrong: samples not strictly right.
+            n: training samples.
+        """
+        self._steps.append(step)
+        self._losses.append(loss)
+        self._errors.append(wrong / n)
+        self._best.append(min(loss, self._best[-1] if self._best else math.inf))
+        if not math.isfinite(loss):
+            return Outcome.DIVERGED
+        if wrong == 0:
+            return Outcome.FITTED
+        if step >= PLATEAU_AFTER * self.rules.steps and self._flat(step):
+            return Outcome.PLATEAUED
+        return Outcome.OUT_OF_BUDGET if step >= self.rules.steps else None
+
+    def _flat(self, step: int) -> bool:
+        half = bisect.bisect_right(self._steps, step / 2) - 1
+        return half >= 0 and self._best[-1] > PLATEAU_RATIO * self._best[half]
+
+    @property
+    def last(self) -> tuple[int, float, float]:
+        """Step, mean training loss (nats) and training error (share) of the last check."""
+        return self._steps[-1], self._losses[-1], self._errors[-1]
+
+    def history(self) -> History:
+        """The training curve, thinned to at most 64 evenly spaced checks, the first and the last among them."""
+        count = len(self._steps)
+        keep = np.unique(np.linspace(0, count - 1, min(count, _HISTORY_POINTS)).round().astype(int))
+        return History(
+            step=np.array(self._steps, dtype=np.int64)[keep],
+            train_loss=np.array(self._losses)[keep],
+            train_accuracy=1.0 - np.array(self._errors)[keep],
+        )
