@@ -1,0 +1,199 @@
+"""Reading what a scan has measured, from its file or from memory, as pandas DataFrames."""
+
+import operator
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from fasttrain.errors import UserError
+from fasttrain.spec import ScanSpec
+from fasttrain.store import CURVES, HISTORY, PROBES, SCHEMA_VERSION, Block, Column, MemoryStore
+
+_CURVE_COLUMNS = HISTORY[1:]
+
+
+class Results:
+    """The results of a scan. ``load`` makes them from a file, ``scan`` gives them back. Keeps no file open.
+
+    Attributes:
+        spec: what was to be measured.
+        curves: one row a variant, with its settings and its EMC50; the columns of ``/curves`` (docs/hdf5.md).
+        probes: one row a training run, in the order in which they finished; the columns of ``/probes``.
+        attrs: the conditions: versions, device, precision, times, ``status`` and the summary.
+        path: the file; ``None`` for results in memory.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        curves: Block,
+        probes: Block,
+        attrs: Mapping[str, Any],
+        read_history: Callable[[slice], Block],
+        path: Path | None = None,
+    ) -> None:
+        self.spec = ScanSpec.from_json(spec)
+        self.curves = _frame(CURVES, curves)
+        self.probes = _frame(PROBES, probes)
+        self.attrs = dict(attrs)
+        self.path = path
+        self._read_history = read_history
+        # Apart from the frame, which is the user's to change.
+        self._first, self._count = probes["history_start"], probes["history_count"]
+
+    @classmethod
+    def from_memory(cls, store: MemoryStore) -> "Results":
+        """The results that a ``MemoryStore`` holds now; what it is given later does not show."""
+        history = store.block("history")
+
+        def read(rows: slice) -> Block:
+            return {name: values[rows] for name, values in history.items()}
+
+        return cls(store.spec, store.block("curves"), store.block("probes"), store.attributes, read)
+
+    def history(self, probe: int) -> pd.DataFrame:
+        """The training curve of one probe, read from the file when asked for.
+
+        Args:
+            probe: its index, ``probes["probe"]``.
+
+        Returns:
+            Columns ``step`` (int64), ``train_loss`` (float64, nats) and ``train_accuracy`` (float64, share),
+            one row a check that was kept.
+
+        Raises:
+            UserError: there is no such probe, or the file is gone or has been replaced since it was loaded.
+        """
+        index = operator.index(probe)
+        if not 0 <= index < len(self._first):
+            known = f"0 to {len(self._first) - 1}" if len(self._first) else "none, there are no probes"
+            raise UserError("probe", probe, f"no such probe; expected {known}")
+        rows = slice(int(self._first[index]), int(self._first[index] + self._count[index]))
+        return _frame(_CURVE_COLUMNS, self._read_history(rows))
+
+    def __repr__(self) -> str:
+        source = f" from {self.path}" if self.path is not None else ""
+        return (
+            f"<Results{source}: {len(self.curves)} variants, {len(self.probes)} probes, "
+            f"status {self.attrs.get('status')}>"
+        )
+
+
+def load(path: str | os.PathLike[str]) -> Results:
+    """The results in a file that a scan has written. After a kill: the probes that were committed.
+
+    Raises:
+        UserError: there is no such file, it is not HDF5 or not of fasttrain, it is damaged, a newer fasttrain
+            wrote it, or a scan still writes it.
+    """
+    path = Path(path)
+    with _Reader(path) as reader:
+        attrs, status = reader.attrs, reader.attrs.get("status")
+        probes = reader.table("probes", PROBES, growing=status == "running")
+        end = int((probes["history_start"] + probes["history_count"]).max(initial=0))
+        if reader.rows("history", HISTORY, growing=True) < end:
+            raise UserError(
+                "file", path, f"is damaged: /history is shorter than the {end} rows that /probes needs"
+            )
+        curves = reader.table("curves", CURVES, growing=False)
+        spec = reader.text("spec")
+
+    def read(rows: slice) -> Block:
+        with _Reader(path) as reader:
+            if any(reader.attrs.get(name) != attrs.get(name) for name in ("spec_digest", "started")):
+                raise UserError("file", path, "has been replaced since it was loaded; load it again")
+            return reader.block("history", _CURVE_COLUMNS, rows)
+
+    try:
+        return Results(spec, curves, probes, attrs, read, path)
+    except UserError as error:
+        raise UserError("file", path, f"its spec cannot be read ({error})") from None
+
+
+class _Reader:
+    """An open file; whatever goes wrong inside a ``with`` becomes a ``UserError`` that names the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> "_Reader":
+        if not self._path.is_file():
+            raise UserError("file", self._path, "is a directory" if self._path.is_dir() else "no such file")
+        try:
+            self._file = h5py.File(self._path, "r")
+        except BlockingIOError:
+            raise UserError(
+                "file", self._path, "a scan still writes it; wait, or load a copy of it"
+            ) from None
+        except OSError as error:
+            what = " ".join(str(error).split())
+            raise UserError("file", self._path, f"is not an HDF5 file that can be read ({what})") from None
+        try:
+            self.attrs = {name: _plain(value) for name, value in self._file.attrs.items()}
+            version = self.attrs.get("schema_version")
+            if not isinstance(version, int):
+                raise UserError("file", self._path, "was not written by fasttrain (no schema_version)")
+            if version > SCHEMA_VERSION:
+                raise UserError(
+                    "file",
+                    self._path,
+                    f"has schema version {version}; this fasttrain reads up to {SCHEMA_VERSION}, update it",
+                )
+        except BaseException as error:
+            self.__exit__(type(error), error)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        self._file.close()
+        # h5py reports damaged contents as any of these.
+        if isinstance(error, (OSError, KeyError, RuntimeError, TypeError, ValueError)) and not isinstance(
+            error, UserError
+        ):
+            raise UserError("file", self._path, f"is damaged ({' '.join(str(error).split())})") from None
+
+    def text(self, name: str) -> str:
+        """A scalar text."""
+        return str(self._data(name).asstr()[()])
+
+    def rows(self, group: str, columns: tuple[Column, ...], growing: bool) -> int:
+        """The rows that all columns have; a kill may leave some columns of a growing group longer."""
+        shapes = {column.name: self._data(f"{group}/{column.name}").shape for column in columns}
+        for name, shape in shapes.items():
+            if len(shape) != 1 or not (growing or shape == shapes[columns[0].name]):
+                raise UserError("file", self._path, f"is damaged: column /{group}/{name} has shape {shape}")
+        return int(min(shape[0] for shape in shapes.values()))
+
+    def table(self, group: str, columns: tuple[Column, ...], growing: bool) -> Block:
+        """All columns of a group."""
+        return self.block(group, columns, slice(0, self.rows(group, columns, growing)))
+
+    def block(self, group: str, columns: tuple[Column, ...], rows: slice) -> Block:
+        """Some rows of some columns."""
+        block = {}
+        for column in columns:
+            data = self._data(f"{group}/{column.name}")
+            values = data.asstr()[rows] if column.kind is str else data[rows]
+            block[column.name] = values if column.kind is str else values.astype(column.dtype, copy=False)
+        return block
+
+    def _data(self, name: str) -> h5py.Dataset:
+        data = self._file.get(name)
+        if not isinstance(data, h5py.Dataset):
+            raise UserError("file", self._path, f"is damaged: /{name} is missing")
+        return data
+
+
+def _frame(columns: tuple[Column, ...], block: Block) -> pd.DataFrame:
+    dtypes: dict[type, Any] = {int: np.int64, float: np.float64, bool: np.bool_, str: str}
+    return pd.DataFrame({c.name: pd.Series(block[c.name], dtype=dtypes[c.kind]) for c in columns})
+
+
+def _plain(value: Any) -> Any:
+    """An attribute as a Python value."""
+    return value.item() if isinstance(value, np.generic) else value

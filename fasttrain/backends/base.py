@@ -1,0 +1,159 @@
+"""The contract of a backend, and the record of one run in its hands."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from fasttrain.data import Task, task
+from fasttrain.models import draw_weights
+from fasttrain.records import Outcome, Probe, ProbeResult, Problem
+from fasttrain.sampling import minibatches, order_key
+from fasttrain.spec import ScanSpec
+from fasttrain.stopping import Monitor, StopRules
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all runs of a scan share.
+
+    Attributes:
+        spec: the scan.
+        features: I, inputs a sample.
+        device: where the runs train.
+        dtype: float32 or float64.
+    """
+
+    spec: ScanSpec
+    features: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One run in a slot: its problem and probe, its data, and how far it is.
+
+    Attributes:
+        problem: the variant.
+        probe: n and seed.
+        task: its training set.
+        key: of its sample order.
+        monitor: its checks.
+        step: optimizer steps taken.
+        batch_loss: mean loss of the minibatch of the last step before its update, in nats; for tests and logs.
+    """
+
+    problem: Problem
+    probe: Probe
+    task: Task
+    key: tuple[int, int]
+    monitor: Monitor
+    step: int = 0
+    batch_loss: float = field(default=float("nan"))
+
+    @classmethod
+    def of(cls, setting: Setting, problem: Problem, probe: Probe) -> "Run":
+        """A run about to start."""
+        spec, variant = setting.spec, problem.variant
+        return cls(
+            problem=problem,
+            probe=probe,
+            task=task(spec, variant.labels, variant.classes, probe.seed, probe.n),
+            key=order_key(spec.seed, probe.seed, probe.n),
+            monitor=Monitor(StopRules(spec.steps, spec.check_every)),
+        )
+
+    def initial_weights(self, setting: Setting) -> dict[str, np.ndarray]:
+        """Its initial parameters, float64, by name."""
+        return draw_weights(
+            self.problem.variant,
+            setting.features,
+            scan_seed=setting.spec.seed,
+            seed=self.probe.seed,
+            n=self.probe.n,
+        )
+
+    def batches(self, steps: int) -> np.ndarray:
+        """Sample indices int64 [steps, B] of its coming steps (minibatch training only)."""
+        size = self.problem.variant.batch_size
+        return minibatches(self.probe.n, size, self.step, self.step + steps, self.key)
+
+    def check_due(self, limit: int) -> int:
+        """Steps to its next check, at most ``limit``."""
+        return min(limit, self.monitor.rules.next_check(self.step) - self.step)
+
+    @property
+    def at_check(self) -> bool:
+        """Whether it has just come to a check."""
+        rules = self.monitor.rules
+        return self.step > 0 and self.step == rules.next_check(self.step - 1)
+
+    def observe(self, loss: float, wrong: int) -> ProbeResult | None:
+        """Tells the monitor what a check found; the result if this ended the run."""
+        outcome = self.monitor.observe(self.step, loss, wrong, self.probe.n)
+        if outcome is None:
+            return None
+        steps, train_loss, train_error = self.monitor.last
+        return ProbeResult(
+            probe=self.probe,
+            outcome=outcome,
+            steps=steps,
+            fit_step=steps if outcome is Outcome.FITTED else -1,
+            train_loss=train_loss,
+            train_error=train_error,
+            history=self.monitor.history(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What ``run`` did.
+
+    Attributes:
+        ended: (position in ``state.runs``, result) of the runs that ended; they are no longer stepped.
+        model_steps: optimizer steps made, summed over the runs.
+    """
+
+    ended: list[tuple[int, ProbeResult]]
+    model_steps: int
+
+
+class State(Protocol):
+    """Runs that train together. ``clock`` counts the steps of the whole."""
+
+    runs: list[Run]
+    clock: int
+
+
+S = TypeVar("S", bound=State)
+
+
+class Backend(Protocol, Generic[S]):
+    """Trains the runs of one bucket (equal architecture, shape, optimizer and batch size) together.
+
+    A run's result depends on the run alone, bit for bit: not on the others in the state, their order, or when it
+    was inserted.
+    """
+
+    name: str
+
+    def init(self, runs: Sequence[Run]) -> S:
+        """A state with these runs at step 0; at least one."""
+
+    def run(self, state: S, until_step: int) -> Report:
+        """Steps all runs, checking each on its whole training set where its rules say so.
+
+        Returns when ``state.clock`` is ``until_step``, or earlier at a check at which a run ended.
+        """
+
+    def select(self, state: S, keep: Sequence[int]) -> S:
+        """The state with the runs at these positions only, in this order; at least one."""
+
+    def insert(self, state: S, runs: Sequence[Run]) -> S:
+        """The state with these runs, at step 0, behind the others."""
+
+    def parameters(self, state: S, position: int) -> dict[str, np.ndarray]:
+        """The parameters of one run as they are now, float64, by name."""

@@ -1,0 +1,115 @@
+"""The oracle: one model at a time with torch.nn, torch.optim and autograd, and nothing clever."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from fasttrain.backends.base import Report, Run, Setting
+from fasttrain.models import MLP
+from fasttrain.spec import FULL_BATCH, Variant
+
+
+@dataclass(slots=True, eq=False)
+class _Trained:
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    x: torch.Tensor  # [N, I]
+    y: torch.Tensor  # [N]
+
+
+@dataclass(slots=True, eq=False)
+class LoopState:
+    """Runs with a module and an optimizer each."""
+
+    runs: list[Run]
+    trained: list[_Trained]
+    clock: int = field(default=0)
+
+
+def _optimizer(variant: Variant, model: torch.nn.Module) -> torch.optim.Optimizer:
+    if variant.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=variant.lr, momentum=variant.momentum)
+    return torch.optim.Adam(model.parameters(), lr=variant.lr)
+
+
+class LoopBackend:
+    """``Backend`` in plain torch."""
+
+    name = "loop"
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+
+    def _start(self, run: Run) -> _Trained:
+        setting = self._setting
+        kind = {"device": setting.device, "dtype": setting.dtype}
+        model = MLP(run.problem.variant, setting.features).to(**kind)
+        weights = {name: torch.as_tensor(value) for name, value in run.initial_weights(setting).items()}
+        model.load_state_dict(weights)
+        return _Trained(
+            model=model,
+            optimizer=_optimizer(run.problem.variant, model),
+            x=torch.as_tensor(run.task.pool[run.task.rows]).to(**kind),
+            y=torch.as_tensor(run.task.y, device=setting.device),
+        )
+
+    def init(self, runs: Sequence[Run]) -> LoopState:
+        """See ``Backend``."""
+        return LoopState(list(runs), [self._start(run) for run in runs])
+
+    def run(self, state: LoopState, until_step: int) -> Report:
+        """See ``Backend``."""
+        model_steps = 0
+        while state.clock < until_step:
+            steps = min(run.check_due(until_step - state.clock) for run in state.runs)
+            for run, trained in zip(state.runs, state.trained, strict=True):
+                self._train(run, trained, steps)
+            state.clock += steps
+            model_steps += steps * len(state.runs)
+            ended = []
+            for position, (run, trained) in enumerate(zip(state.runs, state.trained, strict=True)):
+                if run.at_check and (result := run.observe(*self._evaluate(trained))) is not None:
+                    ended.append((position, result))
+            if ended:
+                return Report(ended, model_steps)
+        return Report([], model_steps)
+
+    def _train(self, run: Run, trained: _Trained, steps: int) -> None:
+        full = run.problem.variant.batch_size == FULL_BATCH
+        batches = None if full else torch.as_tensor(run.batches(steps), device=trained.y.device)
+        loss = torch.tensor(torch.nan)
+        for step in range(steps):
+            x, y = (trained.x, trained.y)
+            if batches is not None:
+                x, y = x[batches[step]], y[batches[step]]
+            trained.optimizer.zero_grad()
+            loss = F.cross_entropy(trained.model(x), y)
+            loss.backward()
+            trained.optimizer.step()
+        run.step += steps
+        run.batch_loss = float(loss.detach())
+
+    @torch.no_grad()
+    def _evaluate(self, trained: _Trained) -> tuple[float, int]:
+        logits = trained.model(trained.x)
+        own = logits.gather(1, trained.y[:, None])
+        others = logits.scatter(1, trained.y[:, None], -torch.inf)
+        right = (own > others).all(1)
+        return float(F.cross_entropy(logits.double(), trained.y)), int((~right).sum())
+
+    def select(self, state: LoopState, keep: Sequence[int]) -> LoopState:
+        """See ``Backend``."""
+        return LoopState([state.runs[i] for i in keep], [state.trained[i] for i in keep], state.clock)
+
+    def insert(self, state: LoopState, runs: Sequence[Run]) -> LoopState:
+        """See ``Backend``."""
+        trained = [*state.trained, *(self._start(run) for run in runs)]
+        return LoopState([*state.runs, *runs], trained, state.clock)
+
+    def parameters(self, state: LoopState, position: int) -> dict[str, np.ndarray]:
+        """See ``Backend``."""
+        model = state.trained[position].model
+        return {name: p.detach().double().cpu().numpy() for name, p in model.named_parameters()}

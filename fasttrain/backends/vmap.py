@@ -1,0 +1,259 @@
+"""torch.func over stacked parameters: all models of a bucket in one vmapped gradient, recorded once as a graph."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.func import functional_call, grad_and_value, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fasttrain.backends.base import Report, Run, Setting
+from fasttrain.ensemble import Layout, Stack, padded_index
+from fasttrain.kernels.reference import cross_entropy, strictly_right
+from fasttrain.models import MLP
+from fasttrain.optim import OPTIMIZERS
+from fasttrain.spec import FULL_BATCH, Variant
+
+_CHUNK = 128  # samples a pass over a whole training set takes at once; a constant, so that no bit depends on the others
+_PASS_BYTES = 64 * 2**20  # inputs and activations of one pass
+
+
+@dataclass(slots=True, eq=False)
+class _Chunk:
+    """Rows of the whole training sets that are worked on at once: _CHUNK samples of each of some models."""
+
+    positions: list[int]
+    index: torch.Tensor  # int64 [K], the positions and spare ones
+    rows: torch.Tensor  # int64 [K, _CHUNK], rows of the pool
+    labels: torch.Tensor  # int64 [K, _CHUNK]
+    weight: torch.Tensor  # [K, _CHUNK], 1 / n for a sample, 0 for padding
+
+
+@dataclass(slots=True, eq=False)
+class VmapState:
+    """Stacked runs of one bucket."""
+
+    runs: list[Run]
+    stack: Stack
+    pool: torch.Tensor  # [R, I], the inputs of all runs
+    offsets: list[int]  # where each run's own pool starts in it
+    chunks: list[_Chunk]
+    clock: int = field(default=0)
+
+
+class VmapBackend:
+    """``Backend`` with torch.func; makes one bucket's states only."""
+
+    name = "vmap"
+
+    def __init__(self, setting: Setting, variant: Variant) -> None:
+        self._setting = setting
+        self._variant = variant
+        self._full = variant.batch_size == FULL_BATCH
+        self._optimizer = OPTIMIZERS[variant.optimizer]
+        self._model = MLP(variant, setting.features).to(setting.device, setting.dtype)
+        self._layout = Layout({name: tuple(p.shape) for name, p in self._model.named_parameters()})
+        self._eye = torch.eye(variant.classes, device=setting.device, dtype=setting.dtype)
+        self._graphs: dict[tuple[str, int], Callable[..., torch.Tensor]] = {}
+        self._shared: tuple[np.ndarray, torch.Tensor] | None = None
+
+    def init(self, runs: Sequence[Run]) -> VmapState:
+        """See ``Backend``."""
+        rows = np.stack([self._layout.pack(run.initial_weights(self._setting)) for run in runs])
+        stack = Stack.of(self._tensor(rows), len(self._optimizer.state_names))
+        return self._state(list(runs), stack.take(range(len(runs))), clock=0)
+
+    def select(self, state: VmapState, keep: Sequence[int]) -> VmapState:
+        """See ``Backend``."""
+        return self._state([state.runs[i] for i in keep], state.stack.take(keep), state.clock)
+
+    def insert(self, state: VmapState, runs: Sequence[Run]) -> VmapState:
+        """See ``Backend``."""
+        new = self.init(runs)
+        stack = state.stack.join(len(state.runs), new.stack, len(runs))
+        return self._state([*state.runs, *runs], stack, state.clock)
+
+    def parameters(self, state: VmapState, position: int) -> dict[str, np.ndarray]:
+        """See ``Backend``."""
+        views = self._layout.views(state.stack.params)
+        return {name: view[position].double().cpu().numpy() for name, view in views.items()}
+
+    def run(self, state: VmapState, until_step: int) -> Report:
+        """See ``Backend``."""
+        model_steps = 0
+        with torch.no_grad():
+            while state.clock < until_step:
+                steps = min(run.check_due(until_step - state.clock) for run in state.runs)
+                self._train(state, steps)
+                state.clock += steps
+                model_steps += steps * len(state.runs)
+                due = [position for position, run in enumerate(state.runs) if run.at_check]
+                if due:
+                    losses, wrong = self._evaluate(state)
+                    found = [(i, state.runs[i].observe(float(losses[i]), int(wrong[i]))) for i in due]
+                    if ended := [(i, result) for i, result in found if result is not None]:
+                        return Report(ended, model_steps)
+        return Report([], model_steps)
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(values).to(self._setting.device, self._setting.dtype)
+
+    def _state(self, runs: list[Run], stack: Stack, clock: int) -> VmapState:
+        pool, offsets = self._pool(runs)
+        return VmapState(runs, stack, pool, offsets, self._chunks(runs, offsets), clock)
+
+    def _pool(self, runs: list[Run]) -> tuple[torch.Tensor, list[int]]:
+        """The inputs of all runs: the data set once where they share it, their own one after the other if not."""
+        first = runs[0].task.pool
+        if all(run.task.pool is first for run in runs):
+            if self._shared is None or self._shared[0] is not first:
+                self._shared = (first, self._tensor(first))
+            return self._shared[1], [0] * len(runs)
+        self._shared = None
+        offsets = np.cumsum([0, *(len(run.task.pool) for run in runs)])
+        return self._tensor(np.concatenate([run.task.pool for run in runs])), offsets[:-1].tolist()
+
+    def _chunks(self, runs: list[Run], offsets: list[int]) -> list[_Chunk]:
+        """The whole training sets in passes of _CHUNK samples, each over the models that have so many."""
+        device, variant = self._setting.device, self._variant
+        widest = max(self._setting.features, variant.width, variant.classes)
+        models = max(2, _PASS_BYTES // (_CHUNK * widest * (variant.depth + 3) * 8))
+        chunks = []
+        for start in range(0, max(run.probe.n for run in runs), _CHUNK):
+            having = [i for i, run in enumerate(runs) if run.probe.n > start]
+            for first in range(0, len(having), models):
+                positions = having[first : first + models]
+                index = padded_index(positions, device)
+                rows = np.zeros((len(index), _CHUNK), dtype=np.int64)
+                labels = np.zeros((len(index), _CHUNK), dtype=np.int64)
+                weight = np.zeros((len(index), _CHUNK))
+                for k, i in enumerate(index.tolist()):
+                    own = runs[i].task
+                    some = own.rows[start : start + _CHUNK]
+                    rows[k, : len(some)] = offsets[i] + some
+                    labels[k, : len(some)] = own.y[start : start + _CHUNK]
+                    weight[k, : len(some)] = 1.0 / runs[i].probe.n
+                where = torch.as_tensor(rows, device=device)
+                label = torch.as_tensor(labels, device=device)
+                chunks.append(_Chunk(positions, index, where, label, self._tensor(weight)))
+        return chunks
+
+    def _gather(self, state: VmapState, rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs [E, B, I] and one-hot labels [E, B, C] at rows and labels [E, B]."""
+        x = state.pool.index_select(0, rows.reshape(-1)).view(*rows.shape, -1)
+        onehot = self._eye.index_select(0, labels.reshape(-1)).view(*labels.shape, -1)
+        return x, onehot
+
+    def _train(self, state: VmapState, steps: int) -> None:
+        stack, runs = state.stack, state.runs
+        spare = len(stack.params) - len(runs)
+        device = self._setting.device
+        models = [*runs, *[runs[0]] * spare]
+        table = self._coefficients(models, steps)
+        if not self._full:
+            drawn = [run.batches(steps) for run in runs]
+            rows = [o + run.task.rows[b] for o, run, b in zip(state.offsets, runs, drawn, strict=True)]
+            labels = [run.task.y[b] for run, b in zip(runs, drawn, strict=True)]
+            all_rows = torch.as_tensor(np.stack(rows + [rows[0]] * spare, axis=1), device=device)
+            all_labels = torch.as_tensor(np.stack(labels + [labels[0]] * spare, axis=1), device=device)
+            size = self._variant.batch_size
+            weight = torch.full((len(models), size), 1.0 / size, device=device, dtype=self._setting.dtype)
+        loss = torch.empty(0)
+        for step in range(steps):
+            if self._full:
+                loss = self._full_gradient(state)
+            else:
+                x, onehot = self._gather(state, all_rows[step], all_labels[step])
+                loss = self._gradient(stack.params, stack.grads, x, onehot, weight)
+            self._optimizer.update(stack.params, stack.grads, stack.optim, [column[step] for column in table])
+        for run, value in zip(runs, loss.tolist(), strict=False):
+            run.step += steps
+            run.batch_loss = value
+
+    def _coefficients(self, models: list[Run], steps: int) -> list[torch.Tensor]:
+        """The optimizer's coefficients of the coming steps, each [S, E, 1]."""
+        begun = torch.tensor([run.step for run in models])
+        lr = torch.tensor([run.problem.variant.lr for run in models], dtype=torch.float64)
+        momentum = torch.tensor([run.problem.variant.momentum for run in models], dtype=torch.float64)
+        tables = self._optimizer.tables(begun + torch.arange(1, steps + 1)[:, None], lr, momentum)
+        return [t.to(self._setting.device, self._setting.dtype)[:, :, None] for t in tables]
+
+    def _full_gradient(self, state: VmapState) -> torch.Tensor:
+        """The gradient over the whole training sets, into the stack's; the losses [E]."""
+        stack = state.stack
+        stack.grads.zero_()
+        losses = torch.zeros(len(stack.params), device=stack.params.device, dtype=stack.params.dtype)
+        for chunk in state.chunks:
+            x, onehot = self._gather(state, chunk.rows, chunk.labels)
+            some = stack.params[chunk.index]
+            grads = torch.zeros_like(some)
+            loss = self._gradient(some, grads, x, onehot, chunk.weight)
+            count = len(chunk.positions)
+            stack.grads.index_add_(0, chunk.index[:count], grads[:count])
+            losses.index_add_(0, chunk.index[:count], loss[:count])
+        stack.grads[len(state.runs) :] = stack.grads[0]
+        return losses
+
+    def _evaluate(self, state: VmapState) -> tuple[list[float], list[int]]:
+        """Mean loss and number of samples not strictly right of every run, over its whole training set."""
+        device = self._setting.device
+        losses = torch.zeros(len(state.runs), dtype=torch.float64, device=device)
+        wrong = torch.zeros(len(state.runs), dtype=torch.float64, device=device)
+        for chunk in state.chunks:
+            x, onehot = self._gather(state, chunk.rows, chunk.labels)
+            found = self._traced("check", self._check, state.stack.params[chunk.index], x, onehot, chunk.weight)
+            count = len(chunk.positions)
+            losses.index_add_(0, chunk.index[:count], found[0, :count])
+            wrong.index_add_(0, chunk.index[:count], found[1, :count])
+        return losses.tolist(), wrong.tolist()
+
+    def _gradient(self, *args: torch.Tensor) -> torch.Tensor:
+        return self._traced("gradient", self._loss_and_gradient, *args)
+
+    def _traced(self, name: str, function: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
+        """The function through a graph recorded at its first call with so many models (vmap's own layer is slow)."""
+        key = (name, *args[-1].shape)
+        if key not in self._graphs:
+            self._graphs[key] = _tidy(make_fx(lambda *a: function(*a))(*args))
+        return self._graphs[key](*args)
+
+    def _loss_and_gradient(
+        self, params: torch.Tensor, grads: torch.Tensor, x: torch.Tensor, onehot: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        def loss(p: dict, x: torch.Tensor, onehot: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return (cross_entropy(functional_call(self._model, p, (x,)), onehot) * weight).sum()
+
+        found, losses = vmap(grad_and_value(loss))(self._layout.views(params), x, onehot, weight)
+        for name, view in self._layout.views(grads).items():
+            view.copy_(found[name])
+        return losses
+
+    def _check(
+        self, params: torch.Tensor, x: torch.Tensor, onehot: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        def logits(p: dict, x: torch.Tensor) -> torch.Tensor:
+            return functional_call(self._model, p, (x,))
+
+        out = vmap(logits)(self._layout.views(params), x)
+        loss = cross_entropy(out.double(), onehot.double())
+        valid = weight > 0
+        wrong = valid & ~strictly_right(out, onehot)
+        mean = torch.where(valid, loss, 0.0).sum(1) * weight[:, 0].double()
+        return torch.stack([mean, wrong.double().sum(1)])
+
+
+def _tidy(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Takes out what vmap records but does nothing: views and expansions to the same shape, products with 1."""
+    aten = torch.ops.aten
+    shapes = (aten.expand.default, aten.view.default, aten._unsafe_view.default)
+    for node in list(graph.graph.nodes):
+        if node.target in shapes:
+            idle = node.args[0].meta["val"].shape == node.meta["val"].shape
+        else:
+            idle = node.target is aten.mul.Scalar and node.args[1] == 1
+        if idle:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return graph

@@ -1,0 +1,242 @@
+"""Loading results: what a file must be, and what Results gives."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from fasttrain.analysis import Results, load
+from fasttrain.errors import UserError
+from fasttrain.records import History, Outcome, Probe, ProbeResult, Problem
+from fasttrain.spec import ScanSpec
+from fasttrain.store import GROUPS, SCHEMA_VERSION, HDF5Store, MemoryStore
+
+SPEC = ScanSpec(widths=(4, 8))
+PROBLEMS = [Problem(i, v, 50, 2, 99) for i, v in enumerate(SPEC.variants(10))]
+
+
+def fill(store: MemoryStore | HDF5Store, probes: int = 3) -> None:
+    store.begin(SPEC, PROBLEMS, {"device": "cpu"})
+    for i in range(probes):
+        history = History(np.arange(i) + i, np.arange(i) / 4, np.arange(i) / 8)
+        store.append([ProbeResult(Probe(i % 2, 5 + i, 0), Outcome.FITTED, 9, 9, 0.5, 0.0, history)])
+    store.finish("complete", {})
+    store.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "scan.h5"
+    fill(HDF5Store(path, overwrite=False))
+    return path
+
+
+def _delete(file: h5py.File) -> None:
+    del file["probes/outcome"]
+
+
+def _shorten(file: h5py.File) -> None:
+    file["probes/n"].resize((2,))
+
+
+def _shorten_history(file: h5py.File) -> None:
+    for data in file["history"].values():
+        data.resize((2,))
+
+
+def _no_history(file: h5py.File) -> None:
+    del file["history"]
+
+
+def _group_for_column(file: h5py.File) -> None:
+    del file["curves/emc50"]
+    file["curves"].create_group("emc50")
+
+
+def _matrix(file: h5py.File) -> None:
+    del file["history/step"]
+    file["history/step"] = np.zeros((3, 2))
+
+
+def _text_for_number(file: h5py.File) -> None:
+    del file["probes/n"]
+    file["probes/n"] = ["a", "b", "c"]
+
+
+def _number_for_text(file: h5py.File) -> None:
+    del file["probes/outcome"]
+    file["probes/outcome"] = np.arange(3)
+
+
+def _no_version(file: h5py.File) -> None:
+    del file.attrs["schema_version"]
+
+
+def _newer(file: h5py.File) -> None:
+    file.attrs["schema_version"] = SCHEMA_VERSION + 1
+
+
+def _bad_spec(file: h5py.File) -> None:
+    file["spec"][()] = '{"widths": [0]}'
+
+
+def _no_spec(file: h5py.File) -> None:
+    del file["spec"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (_delete, "/probes/outcome is missing"),
+        (_shorten, "column /probes/n has shape"),
+        (_shorten_history, "/history is shorter than the 3 rows"),
+        (_no_history, "/history/sample is missing"),
+        (_group_for_column, "/curves/emc50 is missing"),
+        (_matrix, "column /history/step has shape"),
+        (_text_for_number, "is damaged"),
+        (_number_for_text, "is damaged"),
+        (_no_version, "not written by fasttrain"),
+        (_newer, f"schema version {SCHEMA_VERSION + 1}"),
+        (_bad_spec, "spec cannot be read.*widths"),
+        (_no_spec, "/spec is missing"),
+    ],
+)
+def test_damaged_files_are_refused(path: Path, damage: Callable[[h5py.File], None], why: str) -> None:
+    with h5py.File(path, "r+") as file:
+        damage(file)
+    with pytest.raises(UserError, match=why) as caught:
+        load(path)
+    assert (caught.value.option, caught.value.value) == ("file", path)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_scans_are_refused(path: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.h5"
+    cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    text = tmp_path / "text.h5"
+    text.write_text("n,seed\n1,2\n")
+    empty = tmp_path / "empty.h5"
+    empty.touch()
+    cases = {
+        tmp_path / "nothing.h5": "no such file",
+        tmp_path: "is a directory",
+        text: "not an HDF5 file",
+        empty: "not an HDF5 file",
+        cut: "truncated",
+    }
+    for file, why in cases.items():
+        with pytest.raises(UserError, match=why) as caught:
+            load(file)
+        assert (caught.value.option, caught.value.value) == ("file", file)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_running_file_shows_the_rows_that_all_columns_have(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file.attrs["status"] = "running"
+        _shorten(file)
+    results = load(path)
+    assert results.probes["n"].tolist() == [5, 6]
+    assert results.history(1)["step"].tolist() == [1]
+
+
+def test_a_file_that_is_being_written_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "live.h5"
+    store = HDF5Store(path, overwrite=False)
+    store.begin(SPEC, PROBLEMS, {})
+    program = "import sys, fasttrain\ntry: fasttrain.load(sys.argv[1])\nexcept ValueError as e: print(e)"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+        env={k: v for k, v in os.environ.items() if k != "HDF5_USE_FILE_LOCKING"},
+    )
+    store.close()
+    assert "a scan still writes it" in done.stdout
+
+
+def test_history_reads_its_slice_and_no_file_stays_open(path: Path) -> None:
+    results = load(path)
+    with h5py.File(path, "r+") as file:
+        file["history/train_loss"][0] = 77.0
+    assert results.history(1)["train_loss"].tolist() == [77.0]
+    assert results.history(2)["step"].tolist() == [2, 3]
+    assert results.history(0).empty
+    assert list(results.history(0).columns) == ["step", "train_loss", "train_accuracy"]
+    assert results.history(np.int64(2))["train_accuracy"].tolist() == [0.0, 0.125]
+
+
+def test_history_survives_changes_to_the_frame(path: Path) -> None:
+    results = load(path)
+    results.probes["history_start"] = 0
+    assert results.history(2)["step"].tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_an_unknown_probe_is_refused(path: Path, kind: str) -> None:
+    store = MemoryStore()
+    fill(store)
+    results = Results.from_memory(store) if kind == "memory" else load(path)
+    for probe in (3, -1):
+        with pytest.raises(UserError, match="expected 0 to 2") as caught:
+            results.history(probe)
+        assert caught.value.option == "probe"
+
+
+def test_history_of_a_file_that_went_or_changed(path: Path) -> None:
+    results = load(path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["started"] = "1999-01-01T00:00:00+00:00"
+    with pytest.raises(UserError, match="replaced"):
+        results.history(1)
+    path.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        results.history(1)
+
+
+def test_results_from_memory_are_a_snapshot() -> None:
+    store = MemoryStore()
+    store.begin(SPEC, PROBLEMS, {})
+    results = Results.from_memory(store)
+    history = History(np.arange(2), np.ones(2), np.ones(2))
+    store.append([ProbeResult(Probe(0, 5, 0), Outcome.FITTED, 9, 9, 0.5, 0.0, history)])
+    store.finish("complete", {})
+    assert len(results.probes) == 0
+    assert results.attrs["status"] == "running"
+    with pytest.raises(UserError, match="no probes"):
+        results.history(0)
+    later = Results.from_memory(store)
+    frame = later.history(0)
+    frame.loc[0, "train_loss"] = 9.0
+    assert later.history(0)["train_loss"].tolist() == [1.0, 1.0]
+
+
+def test_what_results_say_of_themselves(path: Path, tmp_path: Path) -> None:
+    results = load(str(path))
+    assert results.path == path
+    assert repr(results) == f"<Results from {path}: 2 variants, 3 probes, status complete>"
+    assert results.spec == SPEC
+    store = MemoryStore()
+    fill(store)
+    memory = Results.from_memory(store)
+    assert memory.path is None
+    assert repr(memory) == "<Results: 2 variants, 3 probes, status complete>"
+
+
+def test_columns_added_later_do_no_harm(path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.h5"
+    shutil.copy(path, copy)
+    with h5py.File(copy, "r+") as file:
+        file["probes/new"] = np.arange(3)
+        file.attrs["new"] = np.arange(3)
+    results = load(copy)
+    assert list(results.probes.columns) == [c.name for c in GROUPS["probes"]]
+    assert results.probes["n"].tolist() == [5, 6, 7]
