@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -23,7 +24,7 @@ PRECISIONS = ("auto", "float32", "float64")
 FULL_BATCH = 0
 """The ``batch_size`` of full-batch training; written ``full`` in a spec and on the command line."""
 
-# Longer lists are a typing error (1:10000000), not a scan, and would take the memory before anything checks it.
+# Longer lists are a typing error (1:10000000), not a scan, and would fill the memory before it is checked.
 _MOST_VALUES = 100_000
 _INTEGERS = "whole numbers such as 4,8,16 or a range 4:64:4 or 2^3:2^8 (both ends included)"
 
@@ -59,12 +60,14 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanSpec:
-    """Everything that decides the numbers of a scan. Lists make a product; a single value stands for a list of one.
+    """Everything that decides the numbers of a scan.
+
+    Lists make a product; a single value stands for a list of one.
 
     Attributes:
         arch: architecture family: ``"mlp"``.
         widths: hidden units a layer, each >= 1. Also text: ``"4,8,16"``, ``"4:64:4"``, ``"2^3:2^8"``.
-        depths: hidden layers, each >= 0; 0 is the linear classifier, for which widths and activations mean nothing.
+        depths: hidden layers, each >= 0; 0 is the linear classifier, which has no widths and no activations.
         activation: names in ``ACTIVATIONS``.
         data: ``"digits"`` or ``"gaussian:D"`` (inputs N(0, I_D)).
         labels: ``"random"`` (uniform over the classes) and/or ``"true"``.
@@ -212,15 +215,22 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """
     try:
         with open(path, "rb") as file:
-            return spec_fields(tomllib.load(file))
+            fields = tomllib.load(file)
     except OSError as error:
         raise UserError("spec", path, f"cannot be read ({error.strerror}); give a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        # TOMLDecodeError and UnicodeDecodeError, but also a number of too many digits, are ValueErrors.
         raise UserError("spec", path, f"is not TOML ({error})") from None
+    try:
+        return spec_fields(fields)
+    except UserError as error:
+        raise UserError("spec", path, f"{error.value}: {error.expected}") from None
 
 
 def parse_integers(option: str, text: str) -> tuple[int, ...]:
-    """Whole numbers from text: a list ``4,8``, a range ``4:64:4`` or ``4:8``, or powers ``2^3:2^8``; ends included.
+    """Whole numbers from text: lists ``4,8``, ranges ``4:64:4`` and ``4:8``, powers ``2^3:2^8``.
+
+    Ranges include both ends.
 
     Raises:
         UserError: the text is none of these, or a range runs backwards.
@@ -248,17 +258,22 @@ def parse_integers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _values(option: str, value: object) -> tuple[Any, ...]:
-    """A list of one or more values, without repeats, from a single value, comma-separated text or a list."""
+    """A list of one or more values from a single value, comma-separated text or a list."""
     if isinstance(value, str):
         items: Iterable[Any] = [item.strip() for item in value.split(",")]
     elif isinstance(value, Iterable):
         items = value
     else:
         items = [value]
-    out = tuple(dict.fromkeys(items))
+    out = tuple(items)
     if not out:
         raise UserError(option, "(empty)", "expected at least one value")
     return out
+
+
+def _unique(items: Iterable[Any]) -> tuple[Any, ...]:
+    """The items in their order, without repeats."""
+    return tuple(dict.fromkeys(items))
 
 
 def _integer(option: str, value: object, least: int, what: str | None = None) -> int:
@@ -266,19 +281,22 @@ def _integer(option: str, value: object, least: int, what: str | None = None) ->
         value = int(value)
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         value = int(value)
-    index = getattr(value, "__index__", None)
-    if isinstance(value, bool) or index is None or index() < least:
+    try:
+        index = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        index = -1
+    if index < least:
         raise UserError(option, value, f"expected {what or f'a whole number of at least {least}'}")
-    if index() > 10**18:
+    if index > 10**18:
         raise UserError(option, value, "expected a whole number of at most 10^18")
-    return int(index())
+    return index
 
 
 def _number(option: str, value: object, low: float, high: float, what: str) -> float:
     """A float strictly inside (low, high)."""
     try:
         number = float(value) if not isinstance(value, bool) else math.nan  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not low < number < high:
         raise UserError(option, value, f"expected {what}")
@@ -293,8 +311,10 @@ def _choice(option: str, value: object, accepted: Iterable[str]) -> str:
 
 
 def _integers(option: str, value: object, least: int) -> tuple[int, ...]:
-    items = parse_integers(option, value) if isinstance(value, str) else _values(option, value)
-    return tuple(dict.fromkeys(_integer(option, item, least, _whole_from(least)) for item in items))
+    items: list[Any] = []
+    for item in [value] if isinstance(value, str) else _values(option, value):
+        items.extend(parse_integers(option, item) if isinstance(item, str) else [item])
+    return _unique(_integer(option, item, least, _whole_from(least)) for item in items)
 
 
 def _whole_from(least: int) -> str:
@@ -319,9 +339,9 @@ def _validated(spec: ScanSpec) -> dict[str, Any]:
     if not isinstance(spec.data, str) or not spec.data:
         raise UserError("data", spec.data, "expected the name of a data set, digits or gaussian:D")
     lr = "a number above 0, such as 0.01"
-    momentum = spec.momentum if spec.momentum != 0 else 0.0
-    if momentum != 0.0:
-        momentum = _number("momentum", momentum, 0.0, 1.0, "a number from 0 up to, not including, 1")
+    # The ends of _number are open: the largest number below 0 lets 0 in. Adding 0.0 turns -0.0 into 0.0.
+    low, what = math.nextafter(0.0, -1.0), "a number from 0 up to, not including, 1"
+    momentum = _number("momentum", spec.momentum, low, 1.0, what) + 0.0
     n_min = None if spec.n_min is None else _integer("n_min", spec.n_min, 1)
     n_max = None if spec.n_max is None else _integer("n_max", spec.n_max, 2)
     if n_min is not None and n_max is not None and n_min >= n_max:
@@ -330,30 +350,39 @@ def _validated(spec: ScanSpec) -> dict[str, Any]:
     check_every = _integer("check_every", spec.check_every, 1)
     if check_every > steps:
         raise UserError("check_every", check_every, f"expected at most the number of steps, {steps}")
-    return {
+    fields = {
         "arch": _choice("arch", spec.arch, ARCHITECTURES),
         "widths": _integers("widths", spec.widths, 1),
         "depths": _integers("depths", spec.depths, 0),
-        "activation": tuple(
+        "activation": _unique(
             _choice("activation", name, ACTIVATIONS) for name in _values("activation", spec.activation)
         ),
-        "labels": tuple(_choice("labels", name, LABELS) for name in _values("labels", spec.labels)),
+        "labels": _unique(_choice("labels", name, LABELS) for name in _values("labels", spec.labels)),
         "classes": None if spec.classes is None else _integers("classes", spec.classes, 2),
-        "optimizer": tuple(
+        "optimizer": _unique(
             _choice("optimizer", name, OPTIMIZERS) for name in _values("optimizer", spec.optimizer)
         ),
-        "lr": tuple(_number("lr", value, 0.0, math.inf, lr) for value in _values("lr", spec.lr)),
+        "lr": _unique(_number("lr", value, 0.0, math.inf, lr) for value in _values("lr", spec.lr)),
         "momentum": momentum,
-        "batch_size": tuple(_batch(value) for value in _values("batch_size", spec.batch_size)),
+        "batch_size": _unique(_batch(value) for value in _values("batch_size", spec.batch_size)),
         "steps": steps,
         "check_every": check_every,
         "seeds": _integer("seeds", spec.seeds, 1),
         "n_min": n_min,
         "n_max": n_max,
-        "interval": _number("interval", spec.interval, 0.0, 1.0, "a probability between 0 and 1, such as 0.9"),
+        "interval": _number("interval", spec.interval, 0.0, 1.0, "a number between 0 and 1, such as 0.9"),
         "tolerance": _number("tolerance", spec.tolerance, 0.0, math.inf, "a number above 0, such as 0.1"),
         "max_probes": _integer("max_probes", spec.max_probes, 1),
         "seed": _integer("seed", spec.seed, 0),
         "backend": _choice("backend", spec.backend, BACKENDS),
         "precision": _choice("precision", spec.precision, PRECISIONS),
     }
+    lists = {name: len(value) for name, value in fields.items() if isinstance(value, tuple)}
+    if math.prod(lists.values()) > _MOST_VALUES:
+        longest = max(lists, key=lists.__getitem__)
+        raise UserError(
+            longest,
+            f"({lists[longest]} values)",
+            f"the lists span {math.prod(lists.values())} variants; expected at most {_MOST_VALUES}",
+        )
+    return fields

@@ -28,9 +28,9 @@ TIMING_ATTRIBUTES = (
     "started",
     "ended",
     "seconds",
-    "probes_per_second",
     "steps_per_second",
-    "samples_per_second",
+    "step_seconds",
+    "search_seconds",
 )
 """Root attributes that differ between two runs of one scan: the clock, and the speeds of a scan's summary."""
 

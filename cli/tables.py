@@ -1,0 +1,240 @@
+"""What the commands print, as lines of plain text: the results of a scan and the preview of one."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from fasttrain.spec import FULL_BATCH
+
+if TYPE_CHECKING:
+    import pandas
+
+    from fasttrain import Preview, Results
+
+Row = Mapping[str, Any]
+
+_STATUS = {
+    "complete": "complete",
+    "interrupted": "interrupted before it was done",
+    "running": "not closed: the scan was killed or still runs",
+}
+_SETTINGS = {
+    "arch": "arch",
+    "width": "width",
+    "depth": "depth",
+    "activation": "activation",
+    "optimizer": "optimizer",
+    "lr": "lr",
+    "batch_size": "batch",
+    "labels": "labels",
+    "classes": "classes",
+}
+_LEFT = {"arch", "activation", "optimizer", "labels", "interval", "state", "notes"}
+
+
+def results_text(results: "Results", path: str) -> list[str]:
+    """The table of a scan, the conditions that it was measured under, and where it is kept."""
+    rows = results.curves.to_dict("records")
+    attrs = results.attrs
+    conditions = [results.spec.data, *shared_settings(rows)]
+    conditions += [str(attrs[name]) for name in ("precision", "device", "backend") if attrs.get(name)]
+    status = attrs.get("status")
+    return [
+        ", ".join(conditions),
+        "",
+        *curve_table(results.curves),
+        "",
+        f"{path}: {count(len(rows), 'variant')}, {count(len(results.probes), 'training run')}, "
+        f"{_STATUS.get(str(status), status)}",
+    ]
+
+
+def curve_table(frame: "pandas.DataFrame") -> list[str]:
+    """One line a variant, under a line of headings; settings that all variants share are left out.
+
+    Args:
+        frame: ``Results.curves``.
+    """
+    rows: list[dict[str, Any]] = frame.to_dict("records")
+    settings = varying_settings(rows)
+    contents = {row["interval"] for row in rows if "interval" in row}
+    interval = f"{100 * contents.pop():g}% interval" if len(contents) == 1 else "interval"
+    columns = [*settings, "params", "EMC50", "interval", "EMC/param", "runs", "notes"]
+    cells = []
+    for row in rows:
+        value, bounds = emc_text(row["emc50"], row["emc50_low"], row["emc50_high"], row["censored"])
+        cells.append(
+            [
+                *(setting_text(row, name) for name in settings),
+                str(row["params"]),
+                value,
+                bounds,
+                _per_param(row),
+                str(row["n_probes"]),
+                ", ".join(_notes(row)),
+            ]
+        )
+    return _aligned(columns, cells, {"interval": interval})
+
+
+def preview_text(preview: "Preview") -> list[str]:
+    """The variants of a scan, and what it would take."""
+    rows = [
+        {**asdict(row.variant), "params": row.params, "n": f"{row.n_min} to {row.n_max}"}
+        for row in preview.variants
+    ]
+    settings = varying_settings(rows)
+    table = _aligned(
+        [*settings, "params", "n"],
+        [[*(setting_text(row, name) for name in settings), str(row["params"]), row["n"]] for row in rows],
+        {},
+    )
+    likely = f"; likely {seconds_text(preview.seconds_likely)}" if preview.seconds_likely is not None else ""
+    return [
+        ", ".join(shared_settings(rows)),
+        "",
+        *table,
+        "",
+        f"{count(len(rows), 'variant')} on {preview.device}, {preview.backend}, {preview.precision}, "
+        f"{count(preview.slots, 'slot')}",
+        f"memory: about {bytes_text(preview.memory_bytes)}",
+        f"cost: at most {number_text(preview.model_steps_most)} model-steps, "
+        f"{seconds_text(preview.seconds_most)}{likely}",
+        "Nothing was trained or written.",
+    ]
+
+
+def varying_settings(rows: Sequence[Row]) -> list[str]:
+    """The settings that a table must show: width and depth, and what differs between the variants."""
+    return [name for name in _SETTINGS if name in ("width", "depth") or len(_distinct(rows, name)) > 1]
+
+
+def shared_settings(rows: Sequence[Row]) -> list[str]:
+    """The settings that all variants share, in words."""
+    words = {"lr": "lr {}", "batch_size": "batch {}", "labels": "{} labels", "classes": "{} classes"}
+    return [
+        words.get(name, "{}").format(setting_text(_distinct(rows, name)[0], name))
+        for name in _SETTINGS
+        if name not in ("width", "depth") and len(_distinct(rows, name)) == 1
+    ]
+
+
+def setting_text(row: Row, name: str) -> str:
+    """One setting of a variant, as it would be typed; ``-`` where it means nothing."""
+    value = row[name]
+    if _meaningless(row, name):
+        return "-"
+    if name == "batch_size" and value == FULL_BATCH:
+        return "full"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def emc_text(emc50: float, low: float, high: float, censored: str) -> tuple[str, str]:
+    """EMC50 and its interval: ``662`` and ``[641, 683]``; ``> 1797`` without one if it was out of reach."""
+    if censored == "above":
+        return f"> {low:.0f}", ""
+    if censored == "below":
+        return f"< {high:.0f}", ""
+    if math.isnan(emc50):
+        return "-", ""
+    if math.isnan(low) or math.isnan(high):
+        return _digits(emc50, emc50), ""
+    upper = "inf)" if math.isinf(high) else f"{_digits(high, emc50)}]"
+    return _digits(emc50, emc50), f"[{_digits(low, emc50)}, {upper}"
+
+
+def headings(settings: Sequence[str]) -> list[str]:
+    """The settings as column headings."""
+    return [_SETTINGS[name] for name in settings]
+
+
+def count(number: int, noun: str) -> str:
+    """``1 variant``, ``2 variants``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration in the units that suit it: ``0.4 s``, ``42 s``, ``1 min 15 s``, ``2 h 05 min``."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24:02d} h"
+
+
+def number_text(number: float) -> str:
+    """A count to three digits: ``950``, ``12.3 k``, ``4.56 M``."""
+    if not math.isfinite(number):
+        return "unknown"
+    scaled, unit = float(number), ""
+    for larger in ("k", "M", "G", "T", "P"):
+        if scaled < 999.5:
+            break
+        scaled, unit = scaled / 1000, f" {larger}"
+    decimals = 0 if not unit or scaled >= 99.95 else 1 if scaled >= 9.995 else 2
+    return f"{scaled:.{decimals}f}{unit}"
+
+
+def bytes_text(number: int) -> str:
+    """Memory: ``210 MiB``, ``1.4 GiB``."""
+    mebibytes = number / 2**20
+    if mebibytes < 1023.5:
+        return f"{mebibytes:.0f} MiB" if mebibytes >= 1 else "1 MiB"
+    return f"{mebibytes / 1024:.1f} GiB"
+
+
+def _per_param(row: Row) -> str:
+    params = row["params"]
+    if not params:
+        return "-"
+    sign, value = {
+        "above": ("> ", row["emc50_low"]),
+        "below": ("< ", row["emc50_high"]),
+    }.get(row["censored"], ("", row["emc50"]))
+    return f"{sign}{value / params:#.3g}" if math.isfinite(value) else "-"
+
+
+def _notes(row: Row) -> list[str]:
+    words = {"above": "above n-max", "below": "below n-min"}
+    notes = [words[row["censored"]]] if row["censored"] in words else []
+    if row["budget_spent"]:
+        notes.append("budget spent")
+    if not row["finished"]:
+        notes.append("unfinished")
+    return notes
+
+
+def _digits(number: float, scale: float) -> str:
+    """A number with the decimals that suit one of size ``scale``: three digits, no decimals from 100."""
+    return f"{number:.{0 if scale >= 99.95 else 1 if scale >= 9.995 else 2}f}"
+
+
+def _meaningless(row: Row, name: str) -> bool:
+    return name in ("width", "activation") and row["depth"] == 0
+
+
+def _distinct(rows: Sequence[Row], name: str) -> list[Row]:
+    """One row for each value of a setting, where it means something."""
+    return list({row[name]: row for row in rows if not _meaningless(row, name)}.values())
+
+
+def _aligned(columns: Sequence[str], cells: Sequence[Sequence[str]], titles: Mapping[str, str]) -> list[str]:
+    lines = [[titles.get(name, _SETTINGS.get(name, name)) for name in columns], *cells]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return [
+        "  ".join(
+            cell.ljust(width) if name in _LEFT else cell.rjust(width)
+            for name, cell, width in zip(columns, line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    ]

@@ -1,0 +1,16 @@
+"""The backends: ways to step all probes of a bucket, behind one contract (``base.Backend``)."""
+
+from typing import Any
+
+from fasttrain.backends.base import Backend, Setting
+from fasttrain.backends.loop import LoopBackend
+from fasttrain.backends.vmap import VmapBackend
+from fasttrain.spec import Variant
+
+AUTO = "vmap"
+"""What ``--backend auto`` takes."""
+
+
+def make_backend(name: str, setting: Setting, variant: Variant) -> Backend[Any]:
+    """The backend of a bucket, given a variant of it; ``name`` is ``"loop"`` or ``"vmap"``."""
+    return LoopBackend(setting) if name == "loop" else VmapBackend(setting, variant)

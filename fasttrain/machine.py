@@ -1,0 +1,78 @@
+"""The machine a scan runs on: device, memory, versions, and whether its BLAS keeps models apart bit for bit."""
+
+import platform
+from importlib.metadata import version
+
+import numpy as np
+import psutil
+import torch
+
+import fasttrain
+from fasttrain.errors import UserError
+from fasttrain.sampling import VERSION, generator_digest
+
+_MEMORY_SHARE = 0.8  # of what is free; the rest is for the search, the store and other programs
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device a spec names; ``auto`` is CUDA where there is one.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        devices = ["cpu", *(f"cuda:{i}" for i in range(count))]
+        if (name if ":" in name else "cuda:0") not in devices:
+            raise UserError("device", name, f"not on this machine; expected one of {', '.join(devices)}")
+        return torch.device(name if ":" in name else "cuda:0")
+    return torch.device(name)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a scan may take on a device, in bytes."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(_MEMORY_SHARE * free)
+
+
+def keeps_models_apart() -> bool:
+    """Whether batched products on this CPU give a model the same bits in any company.
+
+    Tried at sizes where MKL without its strict reproducibility mode does not (odd ones, in changed order and number).
+    """
+    generator = torch.Generator().manual_seed(0)
+    for rows, inner, columns in ((7, 5, 3), (64, 17, 5), (33, 65, 17), (128, 5, 10), (601, 7, 1)):
+        a = torch.randn(8, rows, inner, generator=generator)
+        b = torch.randn(8, inner, columns, generator=generator)
+        order = torch.randperm(8, generator=generator)
+        whole = torch.bmm(a, b)
+        if not torch.equal(torch.bmm(a[order], b[order]), whole[order]):
+            return False
+        if not torch.equal(torch.bmm(a[:3].clone(), b[:3].clone()), whole[:3]):
+            return False
+    return True
+
+
+def conditions(device: torch.device, backend: str, dtype: torch.dtype) -> dict[str, str | int | float]:
+    """What every number of a scan depends on beside its spec; kept in the file."""
+    on_cuda = device.type == "cuda"
+    return {
+        "fasttrain_version": fasttrain.__version__,
+        "torch_version": torch.__version__,
+        "numpy_version": np.__version__,
+        "h5py_version": version("h5py"),
+        "scikit_learn_version": version("scikit-learn"),
+        "python_version": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if on_cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "backend": backend,
+        "precision": str(dtype).removeprefix("torch."),
+        "tf32": 0,
+        "generator": VERSION,
+        "generator_digest": generator_digest(),
+        "bitwise_independent": int(on_cuda or keeps_models_apart()),
+    }

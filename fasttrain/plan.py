@@ -1,0 +1,95 @@
+"""Which probes can train together, how many at once, and what they take. Pure: no torch, nothing is allocated."""
+
+import dataclasses
+
+from fasttrain.data import DataInfo
+from fasttrain.errors import UserError
+from fasttrain.records import Problem
+from fasttrain.spec import FULL_BATCH, ScanSpec, Variant
+
+_MOST_SLOTS = {"cpu": 64, "cuda": 1024}
+_ROWS = 7  # parameters, gradient, two moments, temporaries and a copy while slots are refilled
+_PASS_ROWS = 128
+
+
+def bucket(variant: Variant) -> Variant:
+    """The key of the bucket: variants with an equal key share one step function, whatever their learning rates."""
+    return dataclasses.replace(variant, lr=1.0, momentum=0.0, labels="random")
+
+
+def default_n_max(params: int, info: DataInfo) -> int:
+    """Where the spec leaves n-max open: the data set's size, or 4 times the parameters where any n can be drawn.
+
+    Random labels of C classes can be fitted up to about 2 samples a parameter (Cover 1965 for a linear classifier).
+    """
+    return info.size if info.size is not None else 4 * params
+
+
+def probe_bytes(problem: Problem, spec: ScanSpec, info: DataInfo, item: int) -> int:
+    """Memory of one running probe at its largest n, in bytes.
+
+    Args:
+        problem: the variant.
+        spec: the scan.
+        info: the data set.
+        item: bytes of a number, 4 or 8.
+    """
+    variant = problem.variant
+    batch = _PASS_ROWS if variant.batch_size == FULL_BATCH else max(variant.batch_size, _PASS_ROWS)
+    activations = batch * (info.features + 2 * (variant.depth + 1) * max(variant.width, variant.classes))
+    indices = 2 * 8 * problem.n_max + 4 * 8 * spec.check_every * variant.batch_size
+    own_data = 0 if info.size is not None else problem.n_max * info.features * (8 + 2 * item)
+    return item * (_ROWS * problem.params + 2 * activations) + indices + own_data
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """How a scan uses the machine.
+
+    Attributes:
+        slots: probes that train at once.
+        memory_bytes: estimated peak of all slots, in bytes.
+    """
+
+    slots: int
+    memory_bytes: int
+
+
+def make_plan(
+    problems: list[Problem], spec: ScanSpec, info: DataInfo, *, device: str, item: int, available: int
+) -> Plan:
+    """Slots and memory.
+
+    Args:
+        problems: the variants.
+        spec: the scan.
+        info: the data set.
+        device: ``"cpu"`` or ``"cuda"``.
+        item: bytes of a number, 4 or 8.
+        available: bytes that may be taken.
+
+    Raises:
+        UserError: a variant does not fit into memory even alone (two rows are the least that train together).
+    """
+    largest, culprit = max(((probe_bytes(p, spec, info, item), p) for p in problems), key=lambda pair: pair[0])
+    slots = min(_MOST_SLOTS[device], available // max(largest, 1))
+    if slots < 2:
+        option, value = _culprit(culprit, spec, info)
+        raise UserError(
+            option,
+            value,
+            f"a model of {culprit.params:,} parameters takes about {2 * largest / 2**30:,.1f} GiB to train, "
+            f"and {available / 2**30:,.1f} GiB are free; expected a smaller one",
+        )
+    return Plan(slots=slots, memory_bytes=slots * largest)
+
+
+def _culprit(problem: Problem, spec: ScanSpec, info: DataInfo) -> tuple[str, object]:
+    """The option to name when a model does not fit: the one that makes it large."""
+    variant = problem.variant
+    if info.features >= max(variant.width, variant.depth, variant.classes, variant.batch_size):
+        return "data", spec.data
+    sizes = {"widths": variant.width, "depths": variant.depth, "classes": variant.classes}
+    sizes["batch_size"] = variant.batch_size
+    option = max(sizes, key=lambda name: sizes[name])
+    return option, sizes[option]
