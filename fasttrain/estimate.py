@@ -31,10 +31,11 @@ MARGIN = math.log(4.0)
 
 _M_NODES = 49
 _SLOPE_NODES = 17
-_LOG_SHARE = -18.0  # nodes of less than e^-18 of the mode's density carry no mass that a quantile could show
+_LEAST_SHARE = 1e-5  # of the largest node's mass: less shows in no quantile
+_MOST_MASS, _MOST_SLOPE_MASS = 0.06, 0.26  # of a single node, once the grid resolves the posterior
 
 # The likelihood is a polynomial of low degree in the lapse, unless there are many probes: few Gauss nodes do.
-_nodes, _weights = np.polynomial.legendre.leggauss(5)
+_nodes, _weights = np.polynomial.legendre.leggauss(8)
 _LAPSES = LAPSE_MOST * (_nodes + 1.0) / 2.0
 _LAPSE_LOG_PRIOR = np.log(_weights) + LAPSE_FALL * np.log1p(-_LAPSES / LAPSE_MOST)
 
@@ -47,7 +48,7 @@ class Posterior:
         ns: the distinct n probed, ascending.
         fits: probes that fitted, at each of ``ns``.
         fails: probes that did not, at each of ``ns``.
-        m: nodes in m = ln EMC50, evenly spaced over the part of the prior's range that carries mass.
+        m: nodes in m = ln EMC50, over the part of the prior's range that carries mass, close where it is.
         log_slope: nodes in ln s, evenly spaced.
         weight: mass of each node, shape (m, log_slope, lapse); sums to 1.
     """
@@ -65,8 +66,8 @@ class Posterior:
 
     def above(self, m: float) -> float:
         """P(ln EMC50 > m)."""
-        density = self.weight.sum((1, 2))
-        return 1.0 - float(np.interp(m, self.m, _cdf(density), left=0.0, right=1.0))
+        x, below = _cdf(self.m, self.weight.sum((1, 2)))
+        return 1.0 - float(np.interp(m, x, below))
 
     @property
     def slope(self) -> float:
@@ -80,7 +81,7 @@ class Posterior:
 
     def fit_probability(self, x: np.ndarray) -> np.ndarray:
         """Posterior predictive P(fit) at each x = ln n."""
-        i, j, k = np.nonzero(self.weight > 1e-4 * self.weight.max())
+        i, j, k = np.nonzero(self.weight > 1e-3 * self.weight.max())
         weight = self.weight[i, j, k]
         lapse = _LAPSES[k]
         odds = np.exp(np.clip(np.exp(self.log_slope)[j] * (x[:, None] - self.m[i]), -600.0, 600.0))
@@ -92,8 +93,8 @@ def posterior(
 ) -> Posterior:
     """The posterior over (ln EMC50, slope, lapse) given the counts at each n.
 
-    The grid zooms, in m and in the slope, into what carries mass until its step in m is a sixth of the
-    posterior's standard deviation; its number of nodes, and so its cost, is the same however narrow that is.
+    The grid moves its nodes, in m and in the slope, to what carries mass, until none carries much of it: its
+    number of nodes, and so its cost, is the same however narrow the posterior.
     The same counts give the same bits in any order.
 
     Args:
@@ -111,17 +112,15 @@ def posterior(
     for last in (False, False, False, True):
         log_weight = _log_joint(np.log(n), k, f, m, log_slope)
         weight = np.exp(log_weight - log_weight.max())
-        weight[[0, -1]] *= 0.5  # ends of the trapezium rule
-        weight[:, [0, -1]] *= 0.5
+        weight *= _widths(m)[:, None, None] * _widths(log_slope)[:, None]
         weight /= weight.sum()
         mass = weight.sum((1, 2))
-        sd = math.sqrt((mass * (m - (mass * m).sum()) ** 2).sum())
-        step = m[1] - m[0]
-        if last or step <= sd / 6.0:
+        slope_mass = weight.sum((0, 2))
+        if last or (mass.max() <= _MOST_MASS and slope_mass.max() <= _MOST_SLOPE_MASS):
             break
-        if step <= sd:  # coarser, the nodes miss the ridge of steep slopes and would cut it off
-            log_slope = _window(log_slope, log_weight.max((0, 2)))
-        m = _window(m, log_weight.max((1, 2)))
+        if mass.max() <= 0.3:  # coarser, the nodes miss the ridge of steep slopes and would cut it off
+            log_slope = _window(log_slope, slope_mass)
+        m = _refined(m, mass)
     return Posterior(n, k, f, m, log_slope, weight)
 
 
@@ -151,6 +150,10 @@ def estimate(
     low, median, high = (post.quantile(share) for share in ((1 - interval) / 2, 0.5, (1 + interval) / 2))
     emc50_low = math.exp(low) if low >= bottom and post.fits.any() else 0.0
     emc50_high = math.exp(high) if high <= top and post.fails.any() else math.inf
+    if post.ns.size and not post.fails.any():  # what lies beyond every n tried is the prior's word alone
+        emc50_low = min(emc50_low, float(post.ns[-1]))
+    if post.ns.size and not post.fits.any():
+        emc50_high = max(emc50_high, float(post.ns[0]))
     known = bottom <= median <= top and post.fits.any() and post.fails.any()
     emc50 = math.exp(median) if known else math.nan
     censored = Censored.NO
@@ -194,19 +197,44 @@ def _log_joint(
     return out
 
 
-def _window(nodes: np.ndarray, log_density: np.ndarray) -> np.ndarray:
-    """As many nodes over the part of the range that carries mass, and one node beyond at either end."""
-    kept = np.flatnonzero(log_density >= log_density.max() + _LOG_SHARE)
+def _widths(nodes: np.ndarray) -> np.ndarray:
+    """Weights of the trapezium rule."""
+    steps = np.diff(nodes) / 2.0
+    return np.concatenate([steps[:1], steps[1:] + steps[:-1], steps[-1:]])
+
+
+def _window(nodes: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """As many even nodes over the part of the range that carries mass, and one node beyond at either end."""
+    kept = np.flatnonzero(mass >= _LEAST_SHARE * mass.max())
     first, last = max(kept[0] - 1, 0), min(kept[-1] + 1, nodes.size - 1)
     return np.linspace(nodes[first], nodes[last], nodes.size)
 
 
-def _cdf(mass: np.ndarray) -> np.ndarray:
-    """The trapezium rule's cumulative integral at the nodes."""
-    out = np.cumsum(mass) - 0.5 * mass
-    out[0], out[-1] = 0.0, 1.0
-    return out
+def _refined(nodes: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """As many nodes over the same part, close where the mass is: its tails, of gentle slopes, are long."""
+    even = _window(nodes, mass)
+    kept = (nodes >= even[0]) & (nodes <= even[-1])
+    knots = nodes[kept]
+    # By the root of the density: nodes spread by the density itself leave its 5 % points too coarse.
+    share = _cumulative(knots, np.sqrt(mass[kept] / _widths(nodes)[kept]))
+    share = 0.9 * share + 0.1 * (knots - knots[0]) / (knots[-1] - knots[0])
+    return np.interp(np.linspace(0.0, 1.0, nodes.size), share, knots)
+
+
+def _cumulative(nodes: np.ndarray, density: np.ndarray) -> np.ndarray:
+    """The trapezium rule's integral up to each node, as a share of the whole."""
+    out = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) * np.diff(nodes))])
+    return out / out[-1]
+
+
+def _cdf(nodes: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Points and the share of the mass below each, with the log of the density linear between the nodes."""
+    at = np.arange(nodes.size)
+    x = np.interp(np.linspace(0, at[-1], 16 * at[-1] + 1), at, nodes)
+    log_density = np.log(np.maximum(mass / _widths(nodes), 1e-300))
+    return x, _cumulative(x, np.exp(np.interp(x, nodes, log_density)))
 
 
 def _quantile(nodes: np.ndarray, mass: np.ndarray, share: float) -> float:
-    return float(np.interp(share, _cdf(mass), nodes))
+    x, below = _cdf(nodes, mass)
+    return float(np.interp(share, below, x))

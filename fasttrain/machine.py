@@ -60,7 +60,7 @@ def conditions(device: torch.device, backend: str, dtype: torch.dtype) -> dict[s
     on_cuda = device.type == "cuda"
     return {
         "fasttrain_version": fasttrain.__version__,
-        "torch_version": torch.__version__,
+        "torch_version": str(torch.__version__),
         "numpy_version": np.__version__,
         "h5py_version": version("h5py"),
         "scikit_learn_version": version("scikit-learn"),

@@ -59,8 +59,11 @@ class Adam:
 
     def tables(self, step: torch.Tensor, lr: torch.Tensor, momentum: torch.Tensor) -> list[torch.Tensor]:
         """Bias-corrected step size, and the factor that corrects the root of the second moment."""
-        t = step.to(torch.float64)
-        return [lr / (1 - self.beta1**t), (1 - self.beta2**t).rsqrt()]
+        # Python's power: the bits of torch's depend on where in the array an element lies.
+        at, where = torch.unique(step, return_inverse=True)
+        first = torch.tensor([1 - self.beta1**t for t in at.tolist()], dtype=torch.float64)
+        second = torch.tensor([(1 - self.beta2**t) ** -0.5 for t in at.tolist()], dtype=torch.float64)
+        return [lr / first[where], second[where]]
 
     def update(
         self, params: torch.Tensor, grads: torch.Tensor, state: list[torch.Tensor], row: list[torch.Tensor]

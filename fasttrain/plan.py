@@ -34,12 +34,21 @@ def probe_bytes(problem: Problem, spec: ScanSpec, info: DataInfo, item: int) -> 
         info: the data set.
         item: bytes of a number, 4 or 8.
     """
+    return sum(_parts(problem, spec, info, item).values())
+
+
+def _parts(problem: Problem, spec: ScanSpec, info: DataInfo, item: int) -> dict[str, int]:
+    """The same, by what takes it."""
     variant = problem.variant
     batch = _PASS_ROWS if variant.batch_size == FULL_BATCH else max(variant.batch_size, _PASS_ROWS)
     activations = batch * (info.features + 2 * (variant.depth + 1) * max(variant.width, variant.classes))
-    indices = 2 * 8 * problem.n_max + 4 * 8 * spec.check_every * variant.batch_size
+    block = min(spec.check_every, spec.steps)
     own_data = 0 if info.size is not None else problem.n_max * info.features * (8 + 2 * item)
-    return item * (_ROWS * problem.params + 2 * activations) + indices + own_data
+    return {
+        "model": item * (_ROWS * problem.params + 2 * activations),
+        "samples": 2 * 8 * problem.n_max + own_data,
+        "indices": 4 * 8 * block * variant.batch_size,
+    }
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,6 +96,12 @@ def make_plan(
 def _culprit(problem: Problem, spec: ScanSpec, info: DataInfo) -> tuple[str, object]:
     """The option to name when a model does not fit: the one that makes it large."""
     variant = problem.variant
+    parts = _parts(problem, spec, info, 4)
+    most = max(parts, key=lambda name: parts[name])
+    if most == "indices" and spec.check_every > variant.batch_size:
+        return "check_every", spec.check_every
+    if most == "samples" and spec.n_max is not None and spec.n_max > info.features:
+        return "n_max", spec.n_max
     if info.features >= max(variant.width, variant.depth, variant.classes, variant.batch_size):
         return "data", spec.data
     sizes = {"widths": variant.width, "depths": variant.depth, "classes": variant.classes}

@@ -137,14 +137,15 @@ def scan(
         check_output(out, overwrite)
     prepared = _prepare(spec)
     store = MemoryStore() if out is None else HDF5Store(out, overwrite)
-    stated = conditions(prepared.setting.device, prepared.backend, prepared.setting.dtype)
+    with _two_threads_at_most(prepared):
+        stated = conditions(prepared.setting.device, prepared.backend, prepared.setting.dtype)
     if not stated["bitwise_independent"]:
         warnings.warn(
             "this BLAS gives a model other bits in other company: results are right, but not bitwise independent of "
             "what trains beside them (recorded in the file; docs/decisions/0002-bitwise-on-cpu.md)",
             stacklevel=2,
         )
-    with _Interrupts() as interrupts:
+    with _two_threads_at_most(prepared), _Interrupts() as interrupts:
         with interrupts.deferred():
             store.begin(spec, prepared.problems, {**stated, "slots": prepared.slots})
         _Scan(spec, prepared, store, interrupts, on_progress).run()
@@ -190,6 +191,18 @@ def _prepare(spec: ScanSpec) -> _Prepared:
     setting = Setting(spec, info.features, device, dtype)
     backend = AUTO if spec.backend == "auto" else spec.backend
     return _Prepared(setting, problems, plan.slots, plan.memory_bytes, backend)
+
+
+@contextlib.contextmanager
+def _two_threads_at_most(prepared: _Prepared) -> Iterator[None]:
+    """Limits torch's threads on a CPU: the spare rows that keep models apart are laid out for one or two."""
+    threads = torch.get_num_threads()
+    if prepared.setting.device.type == "cpu":
+        torch.set_num_threads(min(threads, 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _step_seconds(prepared: _Prepared, problem: Problem) -> float:

@@ -13,6 +13,10 @@ import numpy as np
 
 VERSION = "philox-feistel-1"
 _ROUNDS = 12  # 4 fail simple tests at n = 54 and 100 and 6 are weak; 8 pass
+# A half of two values mixes slowly: even with ideal round functions, 12 rounds leave the orders of 5 and 6 samples
+# unequally likely by 4 and 9 % (root mean square), 24 by 0.1 %.
+_ROUNDS_OF_FEW = 24
+_FEW = 6
 _GOLDEN = 0x9E3779B9
 _MASK = 0xFFFFFFFF
 
@@ -83,12 +87,13 @@ def permute(position: np.ndarray, n: int, epoch: np.ndarray, key: tuple[int, int
     x = position.reshape(-1).astype(np.uint32)
     # The epoch is hashed into both words: added, the keys of two runs could meet at different epochs.
     hashed = _mix(epoch.reshape(-1).astype(np.uint32) * np.uint32(_GOLDEN) + np.uint32(key[0]))
+    rounds = _ROUNDS if n > _FEW else _ROUNDS_OF_FEW
     keys = (_mix(hashed ^ np.uint32(key[1])), _mix(hashed + np.uint32(key[1])))
     todo = np.arange(x.size)
     while todo.size:
         low, high = x[todo] % np.uint32(a), x[todo] // np.uint32(a)
         even, odd = (keys[0], keys[1]) if todo.size == x.size else (keys[0][todo], keys[1][todo])
-        for r in range(0, _ROUNDS, 2):
+        for r in range(0, rounds, 2):
             low = _round(low, a, high, even, r)
             high = _round(high, b, low, odd, r + 1)
         x[todo] = low + high * np.uint32(a)

@@ -21,12 +21,12 @@ class Load:
 
     Attributes:
         model_steps: optimizer steps, summed over the probes.
-        slot_steps: optimizer steps that all slots together could have made meanwhile.
+        slot_steps: optimizer steps that all slots together could have made meanwhile; shapes take parts of a slot.
         step_seconds: time inside the backend.
     """
 
     model_steps: int = 0
-    slot_steps: int = 0
+    slot_steps: float = 0.0
     step_seconds: float = 0.0
 
     @property
@@ -91,7 +91,7 @@ class Trainer:
         self.load.model_steps += report.model_steps
         # All shapes share the slots: while this one steps, its share of the idle slots idles too.
         width = self.slots * len(state.runs) / running
-        self.load.slot_steps += round((state.clock - before) * width)
+        self.load.slot_steps += (state.clock - before) * width
         for run in state.runs:
             self._seconds[run.probe] += took / len(state.runs)
         results = [self._timed(result) for _, result in report.ended]

@@ -13,7 +13,8 @@ def cross_entropy(logits: torch.Tensor, onehot: torch.Tensor) -> torch.Tensor:
         onehot: [..., C], 1 at the label and 0 elsewhere, in the dtype of the logits.
 
     Returns:
-        [...], the dtype of the logits; NaN where a logit is NaN or plus infinity.
+        [...], the dtype of the logits; NaN where a logit is NaN or plus infinity, or another one than the label's
+        minus infinity.
     """
     return -(torch.log_softmax(logits, -1) * onehot).sum(-1)
 

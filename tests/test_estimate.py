@@ -1,4 +1,4 @@
-"""The posterior of EMC50: against an independent integration, and at the cases that break a plain logistic fit."""
+"""The posterior of EMC50: against an independent integration, and where a plain logistic fit breaks."""
 
 import math
 
@@ -100,11 +100,9 @@ def test_the_cost_is_bounded_by_the_grid_however_narrow_the_posterior(monkeypatc
 
     monkeypatch.setattr(module, "_log_joint", counted)
     scale = np.array([1, 1, 1, 1, 1]) * 1000
-    post = posterior(
-        DENSE[0], scale * DENSE[1], scale * DENSE[2], n_min=1, n_max=10**18
-    )
+    post = posterior(DENSE[0], scale * DENSE[1], scale * DENSE[2], n_min=1, n_max=10**18)
     assert len(passes) <= 4
-    assert sum(passes) <= 20_000
+    assert sum(passes) <= 4 * 49 * 17 * 8
     assert math.exp(post.quantile(0.5)) == pytest.approx(300, rel=0.005)
     assert post.m[1] - post.m[0] < 0.001
 
@@ -119,10 +117,10 @@ def counts_from(emc, slope, lapse, ns, each, rng):
 def test_recovers_the_parameters_that_made_the_data(slope, lapse):
     rng = np.random.default_rng(5)
     ns = np.unique(np.round(600 * np.exp(np.linspace(-6, 4, 31) / slope)).astype(int))
-    found = assess(*counts_from(600, slope, lapse, ns, 300, rng))
-    assert found.emc50 == pytest.approx(600, rel=0.25 / slope)
-    assert found.slope == pytest.approx(slope, rel=0.1)
-    assert found.lapse == pytest.approx(lapse, abs=0.01)
+    found = assess(*counts_from(600, slope, lapse, ns, 60, rng))
+    assert found.emc50 == pytest.approx(600, rel=0.4 / slope)
+    assert found.slope == pytest.approx(slope, rel=0.15)
+    assert found.lapse == pytest.approx(lapse, abs=0.015)
 
 
 def test_emc50_is_where_the_whole_probability_is_one_half_not_the_logistics_midpoint():
@@ -130,9 +128,9 @@ def test_emc50_is_where_the_whole_probability_is_one_half_not_the_logistics_midp
     whole = midpoint * (1 - 2 * lapse) ** (1 / slope)
     ns = np.unique(np.round(whole * np.exp(np.linspace(-2, 1, 31))).astype(int))
     p = (1 - lapse) / (1 + np.exp(slope * np.log(ns / midpoint)))
-    fits = np.round(400 * p).astype(int)
-    found = assess(ns, fits, 400 - fits)
-    assert found.emc50 == pytest.approx(whole, rel=0.01)
+    fits = np.round(40 * p).astype(int)
+    found = assess(ns, fits, 40 - fits)
+    assert found.emc50 == pytest.approx(whole, rel=0.02)
     assert found.emc50_high < midpoint * 0.98
 
 
@@ -194,7 +192,7 @@ def test_an_end_of_the_interval_outside_of_the_range_is_not_extrapolated():
 
 def test_an_early_failure_is_taken_for_a_lapse_when_much_fits_above_it():
     found = assess([50, 100, 200, 300, 600], [7, 8, 8, 8, 0], [1, 0, 0, 0, 8])
-    assert 290 < found.emc50_low
+    assert found.emc50_low > 290
     assert found.lapse > assess([50, 100, 200, 300, 600], [8, 8, 8, 8, 0], [0, 0, 0, 0, 8]).lapse + 0.005
 
 

@@ -73,7 +73,6 @@ BAD = [
     ("steps", "many", "at least 1"),
     ("steps", np.array([1, 2]), "at least 1"),
     ("check_every", 0, "at least 1"),
-    ("check_every", 20_000, "10000"),
     ("seeds", 0, "at least 1"),
     ("n_min", 0, "at least 1"),
     ("n_max", 1, "at least 2"),

@@ -1,5 +1,6 @@
 """torch.func over stacked parameters: all models of a bucket in one vmapped gradient, recorded once as a graph."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -8,6 +9,7 @@ import torch
 from torch.func import functional_call, grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fasttrain.activations import ACTIVATIONS
 from fasttrain.backends.base import Report, Run, Setting
 from fasttrain.ensemble import Layout, Stack, padded_index
 from fasttrain.kernels.reference import cross_entropy, strictly_right
@@ -16,6 +18,9 @@ from fasttrain.optim import OPTIMIZERS
 from fasttrain.spec import FULL_BATCH, Variant
 
 _CHUNK = 128  # samples a pass over a whole training set takes at once; a constant, so that no bit depends on the others
+# Elements of a hidden layer that a model must fill for an approximated activation to treat it alike wherever it lies:
+# two AVX-512 registers of float32 for each of two threads (docs/decisions/0002-bitwise-on-cpu.md).
+_WHOLE = 64
 _PASS_BYTES = 64 * 2**20  # inputs and activations of one pass
 
 
@@ -51,6 +56,7 @@ class VmapBackend:
         self._setting = setting
         self._variant = variant
         self._full = variant.batch_size == FULL_BATCH
+        self._spare_rows = -variant.batch_size % _row_multiple(variant)
         self._optimizer = OPTIMIZERS[variant.optimizer]
         self._model = MLP(variant, setting.features).to(setting.device, setting.dtype)
         self._layout = Layout({name: tuple(p.shape) for name, p in self._model.named_parameters()})
@@ -152,13 +158,14 @@ class VmapBackend:
         models = [*runs, *[runs[0]] * spare]
         table = self._coefficients(models, steps)
         if not self._full:
-            drawn = [run.batches(steps) for run in runs]
+            drawn = [self._whole(run.batches(steps)) for run in runs]
             rows = [o + run.task.rows[b] for o, run, b in zip(state.offsets, runs, drawn, strict=True)]
             labels = [run.task.y[b] for run, b in zip(runs, drawn, strict=True)]
             all_rows = torch.as_tensor(np.stack(rows + [rows[0]] * spare, axis=1), device=device)
             all_labels = torch.as_tensor(np.stack(labels + [labels[0]] * spare, axis=1), device=device)
             size = self._variant.batch_size
-            weight = torch.full((len(models), size), 1.0 / size, device=device, dtype=self._setting.dtype)
+            weight = torch.zeros(len(models), size + self._spare_rows, device=device, dtype=self._setting.dtype)
+            weight[:, :size] = 1.0 / size
         loss = torch.empty(0)
         for step in range(steps):
             if self._full:
@@ -170,6 +177,10 @@ class VmapBackend:
         for run, value in zip(runs, loss.tolist(), strict=False):
             run.step += steps
             run.batch_loss = value
+
+    def _whole(self, batches: np.ndarray) -> np.ndarray:
+        """Minibatches [S, B] with their first sample again in the spare rows, which weigh nothing."""
+        return np.concatenate([batches, np.repeat(batches[:, :1], self._spare_rows, axis=1)], axis=1)
 
     def _coefficients(self, models: list[Run], steps: int) -> list[torch.Tensor]:
         """The optimizer's coefficients of the coming steps, each [S, E, 1]."""
@@ -241,6 +252,13 @@ class VmapBackend:
         wrong = valid & ~strictly_right(out, onehot)
         mean = torch.where(valid, loss, 0.0).sum(1) * weight[:, 0].double()
         return torch.stack([mean, wrong.double().sum(1)])
+
+
+def _row_multiple(variant: Variant) -> int:
+    """What the rows of a minibatch are filled up to a multiple of."""
+    if variant.depth == 0 or ACTIVATIONS[variant.activation].exact:
+        return 1
+    return _WHOLE // math.gcd(variant.width, _WHOLE)
 
 
 def _tidy(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:

@@ -1,0 +1,91 @@
+"""A run's result depends on the run alone, bit for bit: company, order, slot, time of insertion, threads."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from harness import Bench
+
+from fasttrain.activations import ACTIVATIONS
+
+NS = [33, 5, 129, 300, 77, 1, 256, 131, 64, 201]
+COMPANIES = [[3], [9, 3], [7, 2, 4], [5, 6, 7, 8], list(range(9, -1, -1)), [5, 6, 7, 8, 9, 0]]
+STEPS = 12
+
+EXACT = [
+    {"widths": width, "batch_size": batch, "activation": "relu"}
+    for width, batch in itertools.product((1, 5, 17), (1, 7, 64, "full"))
+]
+APPROXIMATED = [
+    {"widths": 7, "batch_size": 5, "activation": name} for name, a in ACTIVATIONS.items() if not a.exact
+]
+OTHERS = [
+    {"widths": 5, "batch_size": 7, "depths": 2, "optimizer": "sgd"},
+    {"depths": 0, "batch_size": 7, "optimizer": "sgd", "classes": 3},
+    {"widths": 17, "batch_size": 33, "lr": (0.001, 0.01, 0.1)},
+]
+
+
+def ident(fields: dict) -> str:
+    return "-".join(f"{value}" for value in fields.values())
+
+
+def final(bench: Bench, state, position: int) -> np.ndarray:
+    losses, wrong = bench.backend._evaluate(state)
+    return np.append(bench.parameters(state, position), [losses[position], wrong[position]])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("fields", [*EXACT, *APPROXIMATED, *OTHERS], ids=ident)
+def test_company_and_order_change_no_bit(fields, dtype, threads):
+    torch.set_num_threads(threads)
+    bench = Bench("vmap", NS, dtype, **fields)
+    whole = bench.backend.init(bench.runs(range(len(NS))))
+    bench.backend.run(whole, STEPS)
+    expected = [final(bench, whole, i) for i in range(len(NS))]
+    assert all(np.isfinite(e).all() for e in expected)
+    for company in COMPANIES:
+        state = bench.backend.init(bench.runs(company))
+        bench.backend.run(state, STEPS)
+        for position, k in enumerate(company):
+            np.testing.assert_array_equal(final(bench, state, position), expected[k])
+
+
+@pytest.mark.parametrize("data", ["gaussian:7", "digits"])
+@pytest.mark.parametrize("batch_size", [7, "full"])
+def test_insertion_into_a_freed_slot_changes_no_bit(batch_size, data):
+    features = 7 if data != "digits" else 64
+    bench = Bench("vmap", NS, torch.float32, features, widths=5, batch_size=batch_size, data=data, check_every=10)
+    alone = bench.backend.init(bench.runs([3]))
+    bench.backend.run(alone, 30)
+    state = bench.backend.init(bench.runs([0, 4, 7]))
+    bench.backend.run(state, 10)
+    state = bench.backend.insert(bench.backend.select(state, [2, 0]), bench.runs([8, 3]))
+    bench.backend.run(state, 20)
+    state = bench.backend.select(state, [1, 3])
+    bench.backend.run(state, 40)
+    np.testing.assert_array_equal(final(bench, state, 1), final(bench, alone, 0))
+
+
+def test_block_length_changes_no_bit():
+    one, many = (Bench("vmap", NS, torch.float32, widths=5, batch_size=7) for _ in range(2))
+    a, b = one.backend.init(one.runs([1, 2, 3])), many.backend.init(many.runs([1, 2, 3]))
+    one.backend.run(a, 60)
+    for step in range(1, 61):
+        many.backend.run(b, step)
+    for i in range(3):
+        np.testing.assert_array_equal(final(one, a, i), final(many, b, i))
+
+
+def test_a_model_that_explodes_touches_nobody_else():
+    # Variants alternate between the rates, so the odd runs explode.
+    bench = Bench("vmap", NS, torch.float32, widths=5, batch_size=7, optimizer="sgd", lr=(0.01, 1e30))
+    state = bench.backend.init(bench.runs(range(6)))
+    bench.backend.run(state, 50)
+    calm = bench.backend.init(bench.runs([4, 0, 2]))
+    bench.backend.run(calm, 50)
+    assert not np.isfinite(bench.parameters(state, 1)).all()
+    for position, k in enumerate([4, 0, 2]):
+        np.testing.assert_array_equal(final(bench, calm, position), final(bench, state, k))

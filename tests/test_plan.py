@@ -1,0 +1,175 @@
+import dataclasses
+
+import pytest
+
+from fasttrain import ScanSpec, UserError
+from fasttrain.data import DataInfo, describe
+from fasttrain.models import parameter_count
+from fasttrain.plan import bucket, default_n_max, make_plan, probe_bytes
+from fasttrain.records import Problem
+from fasttrain.spec import Variant
+
+GIB = 2**30
+
+
+def problems(spec: ScanSpec, info: DataInfo | None = None) -> list[Problem]:
+    info = info or describe(spec.data)
+    out = []
+    for index, variant in enumerate(spec.variants(info.classes)):
+        params = parameter_count(variant, info.features)
+        out.append(Problem(index, variant, params, 2, spec.n_max or default_n_max(params, info)))
+    return out
+
+
+def needs(item: int = 4, **fields: object) -> int:
+    """Bytes of one probe of the only variant of a spec."""
+    spec = ScanSpec(**{"widths": 16, **fields})
+    (problem,) = problems(spec)
+    return probe_bytes(problem, spec, describe(spec.data), item)
+
+
+def variant() -> Variant:
+    (one,) = ScanSpec(widths=16, optimizer="sgd").variants(10)
+    return one
+
+
+@pytest.mark.parametrize(("field", "value"), [("lr", 0.5), ("momentum", 0.1), ("labels", "true")])
+def test_what_is_a_vector_over_the_models_shares_a_bucket(field: str, value: object) -> None:
+    assert bucket(dataclasses.replace(variant(), **{field: value})) == bucket(variant())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("arch", "other"),
+        ("width", 17),
+        ("depth", 2),
+        ("activation", "gelu"),
+        ("optimizer", "adam"),
+        ("batch_size", 65),
+        ("classes", 9),
+    ],
+)
+def test_what_changes_the_step_function_does_not(field: str, value: object) -> None:
+    assert bucket(dataclasses.replace(variant(), **{field: value})) != bucket(variant())
+
+
+def test_every_field_of_a_variant_is_in_one_of_the_two_lists_above() -> None:
+    names = {field.name for field in dataclasses.fields(Variant)}
+    assert names == {"lr", "momentum", "labels"} | {
+        "arch",
+        "width",
+        "depth",
+        "activation",
+        "optimizer",
+        "batch_size",
+        "classes",
+    }
+
+
+def test_a_bucket_is_a_variant_of_itself() -> None:
+    assert bucket(bucket(variant())) == bucket(variant())
+
+
+def test_n_max_is_the_data_set_or_four_times_the_parameters() -> None:
+    assert default_n_max(10**9, describe("digits")) == 1797
+    assert default_n_max(1, describe("digits")) == 1797
+    assert default_n_max(650, describe("gaussian:64")) == 2600
+
+
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [
+        ({"widths": 16}, {"widths": 17}),
+        ({"depths": 1}, {"depths": 2}),
+        ({"classes": 10}, {"classes": 11}),
+        ({"batch_size": 128}, {"batch_size": 256}),
+        ({"check_every": 100}, {"check_every": 200}),
+        ({"data": "gaussian:64"}, {"data": "gaussian:65"}),
+        ({"data": "gaussian:64", "n_max": 100}, {"data": "gaussian:64", "n_max": 101}),
+    ],
+)
+def test_memory_grows_with_everything_that_takes_it(
+    small: dict[str, object], large: dict[str, object]
+) -> None:
+    assert needs(**small) < needs(**large)
+    assert needs(item=4, **small) < needs(item=8, **small)
+
+
+def test_memory_is_at_least_what_a_model_must_hold() -> None:
+    """Parameters, gradient and Adam's two moments; a probe's own inputs; the indices of a block."""
+    spec = ScanSpec(widths=1000, depths=3)
+    (problem,) = problems(spec)
+    assert probe_bytes(problem, spec, describe("digits"), 8) >= 4 * 8 * problem.params
+    assert needs(item=8, data="gaussian:64", n_max=10**6) >= 8 * 64 * 10**6
+    assert needs(batch_size=1000, check_every=1000, steps=1000) >= 8 * 1000 * 1000
+
+
+def test_memory_of_a_wide_model_is_that_of_its_parameters() -> None:
+    wide, wider = needs(widths=10_000, depths=2), needs(widths=20_000, depths=2)
+    assert 3.9 < wider / wide < 4.0
+
+
+def test_steps_that_a_probe_cannot_take_need_no_memory() -> None:
+    assert needs(steps=100, check_every=10**12) == needs(steps=100, check_every=100)
+
+
+def test_slots_are_as_many_as_fit() -> None:
+    spec = ScanSpec(widths="4,300")
+    info, todo = describe("digits"), problems(spec)
+    largest = max(probe_bytes(problem, spec, info, 4) for problem in todo)
+    for fit in (2, 3, 63):
+        for spare in (0, largest - 1):
+            plan = make_plan(todo, spec, info, device="cpu", item=4, available=fit * largest + spare)
+            assert (plan.slots, plan.memory_bytes) == (fit, fit * largest)
+
+
+@pytest.mark.parametrize(("device", "most"), [("cpu", 64), ("cuda", 1024)])
+def test_slots_have_an_upper_end(device: str, most: int) -> None:
+    spec = ScanSpec()
+    info, todo = describe("digits"), problems(spec)
+    assert make_plan(todo, spec, info, device=device, item=4, available=2**50).slots == most
+
+
+def refused(spec: ScanSpec, available: int = 4 * GIB, item: int = 4) -> UserError:
+    info = describe(spec.data)
+    with pytest.raises(UserError) as caught:
+        make_plan(problems(spec), spec, info, device="cpu", item=item, available=available)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("fields", "option", "value"),
+    [
+        ({"widths": (4, 99_999_999_999, 8)}, "widths", 99_999_999_999),
+        ({"widths": 99_999_999_999, "data": "gaussian:64"}, "widths", 99_999_999_999),
+        ({"widths": (4, 10**7), "batch_size": "full"}, "widths", 10**7),
+        ({"depths": (1, 10**12)}, "depths", 10**12),
+        ({"classes": (2, 10**12)}, "classes", 10**12),
+        ({"batch_size": (64, 10**9)}, "batch_size", 10**9),
+        ({"data": "gaussian:1000000", "widths": 999}, "data", "gaussian:1000000"),
+        ({"data": "gaussian:64", "n_max": 10**12}, "n_max", 10**12),
+        ({"steps": 10**12, "check_every": 10**11}, "check_every", 10**11),
+        ({"steps": 10**12, "check_every": 10**11, "batch_size": 10**3}, "check_every", 10**11),
+    ],
+)
+def test_a_scan_that_does_not_fit_names_what_makes_it_large(
+    fields: dict[str, object], option: str, value: object
+) -> None:
+    error = refused(ScanSpec(**fields))
+    assert (error.option, error.value) == (option, value)
+    assert "4.0 GiB" in error.expected
+
+
+def test_two_models_must_fit() -> None:
+    spec = ScanSpec(widths=1000)
+    info, todo = describe("digits"), problems(spec)
+    largest = probe_bytes(todo[0], spec, info, 4)
+    assert make_plan(todo, spec, info, device="cpu", item=4, available=2 * largest).slots == 2
+    assert refused(spec, available=2 * largest - 1).option == "widths"
+
+
+def test_the_message_tells_parameters_and_memory() -> None:
+    error = refused(ScanSpec(widths=10**9))
+    assert f"{75 * 10**9 + 10:,} parameters" in error.expected
+    assert "\n" not in str(error)

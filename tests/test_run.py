@@ -1,0 +1,216 @@
+"""Whole scans through the public interface."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.optimize import linprog
+
+import fasttrain
+import fasttrain.plan
+from fasttrain.data import task
+from fasttrain.run import _Interrupts
+from fasttrain.store import TIMING_ATTRIBUTES, TIMING_COLUMNS
+
+SMALL = {"widths": (3, 6), "steps": 400, "check_every": 50, "max_probes": 14, "data": "gaussian:8", "classes": 3}
+
+
+def same(a: fasttrain.Results, b: fasttrain.Results) -> None:
+    """Asserts that two results are equal but for times and for where they were computed."""
+    for x, y in ((a.curves, b.curves), (a.probes, b.probes)):
+        drop = [column for column in x.columns if column in TIMING_COLUMNS]
+        pd.testing.assert_frame_equal(x.drop(columns=drop), y.drop(columns=drop), check_exact=True)
+    for probe in range(len(a.probes)):
+        pd.testing.assert_frame_equal(a.history(probe), b.history(probe), check_exact=True)
+    assert {k: v for k, v in a.attrs.items() if k not in TIMING_ATTRIBUTES} == {
+        k: v for k, v in b.attrs.items() if k not in TIMING_ATTRIBUTES
+    }
+
+
+def test_the_same_scan_twice_gives_the_same_file_but_for_times(tmp_path):
+    spec = fasttrain.ScanSpec(**SMALL)
+    first = fasttrain.scan(spec, out=tmp_path / "a.h5")
+    second = fasttrain.scan(spec, out=tmp_path / "b.h5")
+    same(first, second)
+    same(first, fasttrain.scan(spec))  # in memory
+    assert first.spec == spec
+    assert first.attrs["status"] == "complete"
+    assert first.attrs["bitwise_independent"] == 1
+    assert 0.0 < first.attrs["occupancy"] <= 1.0
+    assert (first.probes.groupby("variant").size() == first.curves.n_probes).all()
+    other = fasttrain.scan(fasttrain.ScanSpec(**SMALL, seed=1))
+    assert not np.array_equal(other.probes.train_loss, first.probes.train_loss)
+
+
+def test_the_number_of_slots_changes_no_result(monkeypatch):
+    spec = fasttrain.ScanSpec(**SMALL, lr=(0.01, 0.03))
+    whole = fasttrain.scan(spec)
+    monkeypatch.setitem(fasttrain.plan._MOST_SLOTS, "cpu", 3)
+    few = fasttrain.scan(spec)
+    key = ["variant", "n", "seed"]
+    timeless = [c for c in whole.probes.columns if c not in (*TIMING_COLUMNS, "probe", "history_start")]
+    a, b = (r.probes[timeless].sort_values(key, ignore_index=True) for r in (whole, few))
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
+    pd.testing.assert_frame_equal(whole.curves, few.curves, check_exact=True)
+
+
+def test_outcomes_and_progress_are_consistent():
+    seen = []
+    results = fasttrain.scan(fasttrain.ScanSpec(**SMALL), on_progress=seen.append)
+    probes = results.probes
+    fitted = probes.outcome == "fitted"
+    assert fitted.any()
+    assert not fitted.all()
+    assert (probes.train_error[fitted] == 0).all()
+    assert (probes.fit_step[fitted] == probes.steps[fitted]).all()
+    assert (probes.train_error[~fitted] > 0).all()
+    assert (probes.fit_step[~fitted] == -1).all()
+    assert (probes.steps[probes.outcome == "out_of_budget"] == 400).all()
+    last = seen[-1]
+    assert last.finished
+    assert last.probes_done == len(probes)
+    assert last.variants_done == 2
+    assert last.model_steps == probes.steps.sum() == results.attrs["model_steps"]
+    for index, estimate in enumerate(last.estimates):
+        np.testing.assert_equal(results.curves.emc50[index], estimate.emc50)
+
+
+def test_a_custom_cadence_and_precision_reach_the_runs():
+    spec = fasttrain.ScanSpec(**{**SMALL, "steps": 130, "precision": "float64", "backend": "loop", "max_probes": 4})
+    results = fasttrain.scan(spec)
+    assert results.attrs["precision"] == "float64"
+    assert results.attrs["backend"] == "loop"
+    ends = set(results.probes.steps[results.probes.outcome == "out_of_budget"])
+    assert ends <= {130}
+    assert set(results.probes.steps) <= {50, 100, 130}
+
+
+def feasible(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether a hyperplane separates the two classes strictly: linear programming, shares nothing with training."""
+    signed = np.where(y == 1, 1.0, -1.0)[:, None] * np.hstack([x, np.ones((len(x), 1))])
+    result = linprog(
+        np.zeros(signed.shape[1]), A_ub=-signed, b_ub=-np.ones(len(x)), bounds=(None, None), method="highs"
+    )
+    assert result.status in (0, 2)
+    return result.status == 0
+
+
+def test_covers_theorem():
+    """n50 = 2 (d + 1) = 130 for a linear classifier (Cover 1965), and no infeasible instance is ever fitted."""
+    spec = fasttrain.ScanSpec(
+        depths=0, data="gaussian:64", classes=2, optimizer="sgd", lr=1, batch_size="full", tolerance=0.03
+    )
+    results = fasttrain.scan(spec)
+    (curve,) = results.curves.itertuples()
+    assert curve.emc50 == pytest.approx(130, abs=5)
+    assert curve.emc50_low < 130 < curve.emc50_high or abs(curve.emc50 / 130 - 1) < 0.03
+    verdicts = []
+    for probe in results.probes.itertuples():
+        drawn = task(spec, "random", 2, probe.seed, probe.n)
+        verdicts.append((probe.outcome == "fitted", feasible(drawn.pool[drawn.rows], drawn.y)))
+    assert not any(fitted and not possible for fitted, possible in verdicts)
+    # The converse holds for nearly all: training finds what there is to find within the budget.
+    possible = [fitted for fitted, can in verdicts if can]
+    assert len(possible) > 10
+    assert sum(possible) >= 0.8 * len(possible)
+    assert any(not can for _, can in verdicts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fields", "emc50", "error"),
+    [
+        pytest.param({"lr": 0.01}, 662, 0.011, id="adam"),
+        pytest.param({"lr": 0.1, "optimizer": "sgd"}, 600, 0.03, id="sgd"),
+    ],
+)
+def test_reference_cases_of_width_16(fields, emc50, error):
+    """EMC50 of ReLU, one hidden layer of 16, X ~ N(0, I_64), 10 classes, against an independent implementation."""
+    results = fasttrain.scan(fasttrain.ScanSpec(widths=16, data="gaussian:64", tolerance=0.04, **fields))
+    (curve,) = results.curves.itertuples()
+    ours = (np.log(curve.emc50_high) - np.log(curve.emc50_low)) / (2 * 1.645)
+    assert abs(np.log(curve.emc50 / emc50)) <= 3 * np.hypot(error, ours)
+    assert ours < 0.03
+
+
+def test_bad_input_writes_nothing(tmp_path):
+    path = tmp_path / "emc.h5"
+    for fields, option in (
+        ({"data": "mnist3"}, "data"),
+        ({"widths": 99_999_999_999}, "widths"),
+        ({"device": "cuda:99"}, "device"),
+        ({"n_max": 5000, "data": "digits"}, "n_max"),
+        ({"n_min": 1797, "data": "digits"}, "n_min"),
+        ({"labels": "true", "data": "digits", "classes": 3}, "classes"),
+    ):
+        with pytest.raises(fasttrain.UserError) as caught:
+            fasttrain.scan(fasttrain.ScanSpec(**{**SMALL, "classes": None, **fields}), out=path)
+        assert caught.value.option == option
+        assert "\n" not in str(caught.value)
+        assert not path.exists()
+    path.write_bytes(b"mine")
+    with pytest.raises(fasttrain.UserError, match="emc.h5"):
+        fasttrain.scan(fasttrain.ScanSpec(**SMALL), out=path)
+    assert path.read_bytes() == b"mine"
+
+
+def test_interrupt_waits_for_a_write_and_then_comes():
+    with _Interrupts() as interrupts:
+        reached = False
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            with interrupts.deferred():
+                signal.raise_signal(signal.SIGINT)
+                time.sleep(0.01)
+                reached = True
+        assert reached
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("after", [1.5, 4.0])
+def test_ctrl_c_stops_within_two_seconds_and_keeps_what_finished(tmp_path, after):
+    path = tmp_path / "emc.h5"
+    command = [sys.executable, "-m", "fasttrain.cli", "scan", "--widths", "8,16", "--out", str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(after)
+    os.kill(process.pid, signal.SIGINT)
+    begin = time.monotonic()
+    _, errors = process.communicate(timeout=30)
+    assert time.monotonic() - begin < 2.0
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    results = fasttrain.load(path)
+    assert results.attrs["status"] == "interrupted"
+    assert f"{len(results.probes)} finished run" in errors
+    assert not results.probes.duplicated(["variant", "n", "seed"]).any()
+
+
+def test_a_scan_in_a_thread_leaves_signals_alone():
+    before = signal.getsignal(signal.SIGINT)
+    found = []
+    spec = fasttrain.ScanSpec(**{**SMALL, "max_probes": 2})
+    thread = threading.Thread(target=lambda: found.append(fasttrain.scan(spec)))
+    thread.start()
+    thread.join()
+    assert len(found[0].probes) == 4
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_preview_counts_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    preview = fasttrain.preview(fasttrain.ScanSpec(**SMALL))
+    assert [p.params for p in preview.variants] == [(8 + 1) * w + (w + 1) * 3 for w in (3, 6)]
+    assert preview.model_steps_most == 2 * 14 * 400
+    assert 0 < preview.seconds_likely < preview.seconds_most
+    assert list(itertools.chain(tmp_path.iterdir())) == []

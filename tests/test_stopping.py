@@ -1,0 +1,175 @@
+import math
+
+import numpy as np
+import pytest
+
+from fasttrain.records import Outcome
+from fasttrain.stopping import Monitor, StopRules
+
+N = 50
+
+
+def checks(rules: StopRules) -> list[int]:
+    """All steps at which a run is checked."""
+    steps = [rules.next_check(0)]
+    while steps[-1] < rules.steps:
+        steps.append(rules.next_check(steps[-1]))
+    return steps
+
+
+def follow(losses: list[float], rules: StopRules, wrong: int = 1) -> list[Outcome | None]:
+    """The verdicts on these losses at the checks."""
+    monitor = Monitor(rules)
+    return [monitor.observe(step, loss, wrong, N) for step, loss in zip(checks(rules), losses, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "expected"),
+    [
+        (1000, 250, [250, 500, 750, 1000]),
+        (1000, 300, [300, 600, 900, 1000]),
+        (10, 1, list(range(1, 11))),
+        (7, 100, [7]),
+        (100, 100, [100]),
+        (101, 100, [100, 101]),
+        (1, 1, [1]),
+    ],
+)
+def test_checks_are_at_the_cadence_and_at_the_last_step(steps: int, every: int, expected: list[int]) -> None:
+    rules = StopRules(steps, every)
+    assert checks(rules) == expected
+    for step in range(steps):
+        assert rules.next_check(step) == min(c for c in expected if c > step)
+
+
+def test_a_run_that_keeps_falling_runs_out_of_budget_at_the_last_check_only() -> None:
+    rules = StopRules(1000, 100)
+    falling = [0.5**k for k in range(10)]
+    assert follow(falling, rules) == [None] * 9 + [Outcome.OUT_OF_BUDGET]
+
+
+def test_no_wrong_sample_is_a_fit_at_any_check() -> None:
+    for at in range(1, 11):
+        monitor = Monitor(StopRules(1000, 100))
+        for k in range(1, at):
+            assert monitor.observe(100 * k, 0.5**k, 1, N) is None
+        assert monitor.observe(100 * at, 0.5**at, 0, N) is Outcome.FITTED
+        assert monitor.last == (100 * at, 0.5**at, 0.0)
+
+
+def test_a_fit_wins_over_plateau_and_end_of_the_budget() -> None:
+    monitor = Monitor(StopRules(1000, 100))
+    for k in range(1, 10):
+        assert monitor.observe(100 * k, 0.5**k, 2, N) is None
+    assert monitor.observe(1000, 0.5**9, 0, N) is Outcome.FITTED
+    flat = Monitor(StopRules(1000, 100))
+    flat.observe(100, 1.0, 3, N)
+    assert flat.observe(200, 1.0, 0, N) is Outcome.FITTED
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [1, 5, 10])
+def test_a_loss_that_is_no_number_has_diverged(loss: float, at: int) -> None:
+    losses = [0.5**k for k in range(10)]
+    losses[at - 1] = loss
+    assert follow(losses, StopRules(1000, 100))[:at] == [None] * (at - 1) + [Outcome.DIVERGED]
+
+
+def test_divergence_wins_over_everything() -> None:
+    assert Monitor(StopRules(10, 10)).observe(10, math.nan, 0, N) is Outcome.DIVERGED
+
+
+def test_a_flat_loss_is_a_plateau_as_soon_as_there_was_a_check_at_half_of_the_steps() -> None:
+    assert follow([1.0, 1.0], StopRules(1000, 100)) == [None, Outcome.PLATEAUED]
+
+
+@pytest.mark.parametrize(
+    ("last", "outcome"),
+    [
+        (math.nextafter(0.9, 1.0), Outcome.PLATEAUED),
+        (0.9, None),
+        (math.nextafter(0.9, 0.0), None),
+    ],
+)
+def test_the_plateau_is_exactly_where_less_than_a_tenth_was_gained(
+    last: float, outcome: Outcome | None
+) -> None:
+    """Losses 1 at step 400, and so much at step 800; in between it falls so that nothing is flat before."""
+    monitor = Monitor(StopRules(1000, 400))
+    assert monitor.observe(400, 1.0, 1, N) is None
+    assert monitor.observe(800, last, 1, N) is outcome
+
+
+def test_half_of_the_steps_is_the_last_check_at_or_before_it() -> None:
+    """At step 500 that is the one at 200, not at 300: gains since 200 count."""
+    rules = StopRules(5000, 100)
+    assert follow([4.0, 1.0, 0.85, 0.85, 0.85], rules) == [None] * 5
+    assert follow([4.0, 1.0, 0.85, 0.85, 0.85, 0.85], rules)[-1] is Outcome.PLATEAUED
+    assert follow([4.0, 0.94, 0.85, 0.85, 0.85], rules) == [None] * 4 + [Outcome.PLATEAUED]
+
+
+def test_the_best_loss_counts_not_the_last() -> None:
+    rules = StopRules(3000, 100)
+    assert follow([1.0, 0.5, 0.8, 2.0], rules) == [None, None, None, Outcome.PLATEAUED]
+    assert follow([1.0, 0.8, 0.5, 2.0], rules) == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("steps", "first"), [(1000, 100), (2000, 200), (10_000, 1000), (9999, 1000), (10_001, 1001)]
+)
+def test_no_plateau_before_a_tenth_of_the_budget(steps: int, first: int) -> None:
+    flat = follow([1.0] * steps, StopRules(steps, 1))
+    ends = [k + 1 for k, outcome in enumerate(flat) if outcome is not None]
+    assert ends[0] == first
+    assert flat[first - 1] is Outcome.PLATEAUED
+
+
+@pytest.mark.parametrize("steps", range(10, 1000, 10))
+def test_a_tenth_of_the_budget_is_not_missed_by_rounding(steps: int) -> None:
+    """0.1 is a little more than a tenth."""
+    monitor = Monitor(StopRules(steps, 1))
+    monitor.observe(max(1, steps // 20), 1.0, 1, N)
+    outcome = monitor.observe(steps // 10, 1.0, 1, N)
+    assert outcome is (Outcome.PLATEAUED if steps >= 20 else None)
+
+
+def test_a_plateau_at_the_last_step_is_called_one() -> None:
+    monitor = Monitor(StopRules(200, 100))
+    assert monitor.observe(100, 1.0, 1, N) is None
+    assert monitor.observe(200, 0.99, 1, N) is Outcome.PLATEAUED
+
+
+def test_one_check_in_all_is_out_of_budget() -> None:
+    assert follow([1.0], StopRules(7, 100)) == [Outcome.OUT_OF_BUDGET]
+
+
+def history(count: int) -> tuple[Monitor, np.ndarray]:
+    monitor = Monitor(StopRules(10**6, 100))
+    losses = 1.0 / np.arange(1, count + 1)
+    for k, loss in enumerate(losses):
+        monitor.observe(100 * (k + 1), float(loss), k % (N + 1), N)
+    return monitor, losses
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 64])
+def test_a_short_history_is_kept_whole(count: int) -> None:
+    monitor, losses = history(count)
+    kept = monitor.history()
+    assert kept.step.tolist() == [100 * (k + 1) for k in range(count)]
+    assert np.array_equal(kept.train_loss, losses)
+    assert kept.train_accuracy.tolist() == [1.0 - (k % (N + 1)) / N for k in range(count)]
+    assert kept.step.dtype == np.int64
+
+
+@pytest.mark.parametrize("count", [65, 66, 100, 127, 128, 1000])
+def test_a_long_history_is_thinned_evenly_between_its_first_and_last_check(count: int) -> None:
+    monitor, losses = history(count)
+    kept = monitor.history()
+    which = kept.step // 100 - 1
+    assert len(which) == 64
+    assert (which[0], which[-1]) == (0, count - 1)
+    gaps = np.diff(which)
+    assert gaps.min() >= 1
+    assert gaps.max() - gaps.min() <= 1
+    assert np.array_equal(kept.train_loss, losses[which])
+    assert np.array_equal(kept.train_accuracy, 1.0 - (which % (N + 1)) / N)

@@ -1,0 +1,277 @@
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from fasttrain import Outcome, ScanSpec
+from fasttrain.backends.base import Report, Run, Setting
+from fasttrain.plan import bucket
+from fasttrain.records import Probe, ProbeResult, Problem
+from fasttrain.spec import Variant
+from fasttrain.trainer import Load, Trainer
+
+
+@dataclass(slots=True, eq=False)
+class FakeState:
+    runs: list[Run]
+    clock: int = 0
+
+
+@dataclass(slots=True)
+class Log:
+    """What the trainer asked of all backends of one scan."""
+
+    made: list[Variant] = field(default_factory=list)
+    stepped: list[tuple[Variant, int, list[Probe]]] = field(default_factory=list)
+    inserted: list[tuple[Variant, list[Probe]]] = field(default_factory=list)
+
+
+class FakeBackend:
+    """A run fits at the check number ``lasts(probe)``; it steps and checks as backends must."""
+
+    name = "fake"
+
+    def __init__(self, variant: Variant, log: Log) -> None:
+        self.variant = variant
+        self.log = log
+        log.made.append(variant)
+
+    def _take(self, runs: Sequence[Run]) -> list[Run]:
+        assert runs
+        assert {bucket(run.problem.variant) for run in runs} == {self.variant}
+        assert all(run.step == 0 for run in runs)
+        self.log.inserted.append((self.variant, [run.probe for run in runs]))
+        return list(runs)
+
+    def init(self, runs: Sequence[Run]) -> FakeState:
+        return FakeState(self._take(runs))
+
+    def insert(self, state: FakeState, runs: Sequence[Run]) -> FakeState:
+        return FakeState([*state.runs, *self._take(runs)], state.clock)
+
+    def select(self, state: FakeState, keep: Sequence[int]) -> FakeState:
+        assert keep
+        return FakeState([state.runs[i] for i in keep], state.clock)
+
+    def run(self, state: FakeState, until_step: int) -> Report:
+        begun, made = state.clock, 0
+        ended: list[tuple[int, ProbeResult]] = []
+        while state.clock < until_step and not ended:
+            steps = min(run.check_due(until_step - state.clock) for run in state.runs)
+            for position, run in enumerate(state.runs):
+                run.step += steps
+                if run.at_check:
+                    checks = len(run.monitor.history().step) + 1
+                    wrong = int(checks < lasts(run.probe))
+                    result = run.observe(0.5**checks, wrong)
+                    if result is not None:
+                        ended.append((position, result))
+            state.clock += steps
+            made += steps * len(state.runs)
+        self.log.stepped.append((self.variant, state.clock - begun, [run.probe for run in state.runs]))
+        return Report(ended, made)
+
+
+def lasts(probe: Probe) -> int:
+    """Checks until a probe fits: the seed says it."""
+    return probe.seed
+
+
+def setup(
+    slots: int, widths: tuple[int, ...] = (4,), steps: int = 1000, check_every: int = 10, **fields: object
+) -> tuple[Trainer, Log]:
+    spec = ScanSpec(widths=widths, steps=steps, check_every=check_every, data="gaussian:2", **fields)
+    setting = Setting(spec, 2, torch.device("cpu"), torch.float32)
+    problems = [Problem(i, variant, 10, 2, 100) for i, variant in enumerate(spec.variants(10))]
+    log = Log()
+    return Trainer(setting, problems, lambda _, variant: FakeBackend(variant, log), slots), log
+
+
+def drive(trainer: Trainer, most: int = 10_000) -> list[ProbeResult]:
+    results: list[ProbeResult] = []
+    while not trainer.idle and most:
+        results += trainer.advance()
+        assert trainer.running <= trainer.slots
+        most -= 1
+    assert trainer.idle
+    return results
+
+
+def some_probes(count: int, variants: int) -> list[Probe]:
+    """Different lengths, 1 to 9 checks; n makes each a probe of its own."""
+    return [Probe(variant=k * k % variants, n=2 + k, seed=1 + k * 7 % 9) for k in range(count)]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 7, 64])
+def test_every_probe_comes_back_once_and_slots_are_never_exceeded(slots: int) -> None:
+    trainer, log = setup(slots, widths=(4, 8, 16))
+    probes = some_probes(40, 3)
+    trainer.submit(probes)
+    results = drive(trainer)
+    assert len(results) == 40
+    assert {result.probe for result in results} == set(probes)
+    for result in results:
+        assert result.outcome is Outcome.FITTED
+        assert result.steps == result.fit_step == 10 * lasts(result.probe)
+    # What was stepped at once, over all shapes: the shape's own runs, and those of the others in their slots.
+    assert max(len(running) for _, _, running in log.stepped) <= slots
+
+
+@pytest.mark.parametrize("slots", [1, 3, 64])
+def test_results_do_not_depend_on_the_number_of_slots(slots: int) -> None:
+    def results(slots: int) -> dict[Probe, tuple[object, ...]]:
+        trainer, _ = setup(slots, widths=(4, 8), steps=70)
+        trainer.submit(some_probes(30, 2))
+        return {
+            r.probe: (r.outcome, r.steps, r.fit_step, r.train_loss, r.train_error, r.history.step.tolist())
+            for r in drive(trainer)
+        }
+
+    expected = results(5)
+    assert {outcome for outcome, *_ in expected.values()} == {Outcome.FITTED, Outcome.OUT_OF_BUDGET}
+    assert results(slots) == expected
+
+
+def test_a_result_passes_through_as_the_backend_reported_it_with_its_times() -> None:
+    trainer, _ = setup(2)
+    trainer.submit([Probe(0, 20, 3, round=5), Probe(0, 30, 5)])
+    results = drive(trainer)
+    assert [result.probe for result in results] == [Probe(0, 20, 3, round=5), Probe(0, 30, 5)]
+    first = results[0]
+    assert (first.outcome, first.steps, first.train_loss, first.train_error) == (
+        Outcome.FITTED,
+        30,
+        0.125,
+        0.0,
+    )
+    assert first.history.step.tolist() == [10, 20, 30]
+    for result in results:
+        assert 0 <= result.started < result.finished
+        assert 0 < result.train_seconds <= result.finished - result.started
+    assert results[0].finished <= results[1].finished
+    # The time of a batch is shared among its runs, none of it twice and none lost.
+    total = sum(result.train_seconds for result in results)
+    assert total == pytest.approx(trainer.load.step_seconds, rel=1e-12)
+
+
+def test_free_slots_are_refilled_before_the_next_step() -> None:
+    trainer, log = setup(3)
+    trainer.submit(some_probes(12, 1))
+    waiting = 12 - 3
+    while not trainer.idle:
+        ended = trainer.advance()
+        assert len(log.stepped[-1][2]) == min(3, 3 + waiting)
+        if waiting <= 0:
+            break
+        waiting -= len(ended)
+    assert waiting <= 0
+
+
+def test_all_probes_of_a_shape_come_in_one_insertion_in_the_order_of_submission() -> None:
+    trainer, log = setup(5, widths=(4, 8))
+    small, large = [Probe(0, n, 4) for n in (10, 11, 12)], [Probe(1, n, 4) for n in (10, 11)]
+    trainer.submit([small[0], large[0], small[1]])
+    trainer.submit([large[1], small[2], Probe(0, 50, 2), Probe(1, 60, 2)])
+    trainer.advance()
+    shapes = [bucket(problem) for problem in ScanSpec(widths=(4, 8), data="gaussian:2").variants(10)]
+    assert log.inserted == [(shapes[0], small), (shapes[1], large)]
+    drive(trainer)
+    assert [probe.n for _, probes in log.inserted[2:] for probe in probes] == [50, 60]
+    assert log.made == shapes
+
+
+def test_variants_that_differ_in_rate_or_labels_train_together() -> None:
+    trainer, log = setup(4, lr=(0.1, 0.01), optimizer="sgd")
+    trainer.submit([Probe(0, 10, 2), Probe(1, 10, 2)])
+    results = drive(trainer)
+    assert len(log.made) == 1
+    assert [len(running) for _, _, running in log.stepped] == [2, 2]
+    assert {result.probe.variant for result in results} == {0, 1}
+
+
+def test_several_shapes_progress_side_by_side() -> None:
+    trainer, log = setup(6, widths=(4, 8, 16))
+    trainer.submit([Probe(variant, 10, 20) for variant in (0, 1, 2)])
+    drive(trainer)
+    turns = [variant.width for variant, _, _ in log.stepped]
+    assert turns == [4, 8, 16] * 20
+
+
+def test_a_shape_that_comes_back_gets_its_backend_again() -> None:
+    trainer, log = setup(2, widths=(4, 8))
+    for _ in range(3):
+        trainer.submit([Probe(0, 10, 1), Probe(1, 10, 1)])
+        assert len(drive(trainer)) == 2
+    assert [variant.width for variant in log.made] == [4, 8]
+
+
+def test_the_same_submissions_are_worked_on_in_the_same_order() -> None:
+    def trace() -> tuple[list[object], list[Probe]]:
+        trainer, log = setup(4, widths=(4, 8, 16))
+        order = []
+        for start in range(0, 30, 10):
+            trainer.submit(some_probes(30, 3)[start : start + 10])
+            for _ in range(5):
+                order += [result.probe for result in trainer.advance()]
+        order += [result.probe for result in drive(trainer)]
+        return [log.stepped, log.inserted], order
+
+    assert trace() == trace()
+
+
+def test_nothing_to_do_is_idle_and_harmless() -> None:
+    trainer, log = setup(2)
+    assert trainer.idle
+    assert trainer.advance() == []
+    assert (trainer.load, log.stepped) == (Load(), [])
+    assert trainer.load.occupancy == 0.0
+    trainer.submit([Probe(0, 10, 1)])
+    assert not trainer.idle
+    assert trainer.running == 0
+    assert len(trainer.advance()) == 1
+    assert trainer.idle
+
+
+def test_full_slots_have_occupancy_one() -> None:
+    """Also where probes of unequal length leave and others take their slots."""
+    trainer, _ = setup(4, widths=(4, 8))
+    trainer.submit([Probe(k % 2, 10 + k, 1 + k % 5) for k in range(40)])
+    finished = 0
+    while finished < 30:
+        finished += len(trainer.advance())
+        assert trainer.load.occupancy == pytest.approx(1.0, rel=1e-12)
+    assert trainer.load.model_steps > 4 * 10 * 10
+
+
+def test_occupancy_of_one_shape_is_the_mean_over_the_steps() -> None:
+    """8 slots: 4 runs for 10 steps, 3 for another 20, 1 for another 10."""
+    trainer, _ = setup(8)
+    trainer.submit([Probe(0, 10, 1), Probe(0, 11, 3), Probe(0, 12, 3), Probe(0, 13, 4)])
+    drive(trainer)
+    assert trainer.load.model_steps == 4 * 10 + 3 * 20 + 1 * 10
+    assert trainer.load.slot_steps == pytest.approx(8 * 40, rel=1e-12)
+    assert trainer.load.occupancy == pytest.approx(110 / 320, rel=1e-12)
+
+
+@pytest.mark.parametrize("check_every", [1, 10, 100])
+@pytest.mark.parametrize(("slots", "counts"), [(4, (2, 1)), (4, (1, 1, 1)), (10, (5, 2)), (7, (1, 1, 1))])
+def test_occupancy_of_several_shapes_is_the_share_of_slots_in_use(
+    slots: int, counts: tuple[int, ...], check_every: int
+) -> None:
+    """However the shapes divide the slots, and also where a turn is a single step."""
+    trainer, _ = setup(slots, widths=(4, 8, 16)[: len(counts)], check_every=check_every, steps=1000)
+    trainer.submit([Probe(v, 10 + k, 5) for v, count in enumerate(counts) for k in range(count)])
+    for _ in range(4 * len(counts)):
+        assert trainer.advance() == []
+        assert trainer.load.occupancy == pytest.approx(sum(counts) / slots, rel=1e-12)
+
+
+def test_a_probe_inserted_mid_run_has_its_own_checks() -> None:
+    """The third takes the slot of the second at step 10 of the first."""
+    trainer, _ = setup(2, steps=35)
+    trainer.submit([Probe(0, 10, 99), Probe(0, 11, 1), Probe(0, 12, 99)])
+    results = {result.probe.n: result for result in drive(trainer)}
+    assert results[10].history.step.tolist() == [10, 20, 30, 35]
+    assert results[12].history.step.tolist() == [10, 20, 30, 35]
+    assert results[12].outcome is Outcome.OUT_OF_BUDGET
