@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
-from fasttrain.cli.options import EXAMPLES, GroupedCommand, given_fields, spec_options
 
 import fasttrain
+from fasttrain.cli.options import EXAMPLES, GroupedCommand, given_fields, spec_options
 
 DEFAULT_OUT = "emc.h5"
 INTERRUPTED = 130

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
+
 from fasttrain.cli.tables import (
     count,
     emc_text,

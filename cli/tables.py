@@ -81,8 +81,7 @@ def curve_table(frame: "pandas.DataFrame") -> list[str]:
 def preview_text(preview: "Preview") -> list[str]:
     """The variants of a scan, and what it would take."""
     rows = [
-        {**asdict(row.variant), "params": row.params, "n": f"{row.n_min} to {row.n_max}"}
-        for row in preview.variants
+        {**asdict(row.variant), "params": row.params, "n": f"{row.n_min} to {row.n_max}"} for row in preview.variants
     ]
     settings = varying_settings(rows)
     table = _aligned(

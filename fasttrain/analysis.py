@@ -97,9 +97,7 @@ def load(path: str | os.PathLike[str]) -> Results:
         probes = reader.table("probes", PROBES, growing=status == "running")
         end = int((probes["history_start"] + probes["history_count"]).max(initial=0))
         if reader.rows("history", HISTORY, growing=True) < end:
-            raise UserError(
-                "file", path, f"is damaged: /history is shorter than the {end} rows that /probes needs"
-            )
+            raise UserError("file", path, f"is damaged: /history is shorter than the {end} rows that /probes needs")
         curves = reader.table("curves", CURVES, growing=False)
         spec = reader.text("spec")
 
@@ -127,9 +125,7 @@ class _Reader:
         try:
             self._file = h5py.File(self._path, "r")
         except BlockingIOError:
-            raise UserError(
-                "file", self._path, "a scan still writes it; wait, or load a copy of it"
-            ) from None
+            raise UserError("file", self._path, "a scan still writes it; wait, or load a copy of it") from None
         except OSError as error:
             what = " ".join(str(error).split())
             raise UserError("file", self._path, f"is not an HDF5 file that can be read ({what})") from None

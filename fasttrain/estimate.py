@@ -88,9 +88,7 @@ class Posterior:
         return ((weight * (1.0 - lapse)) / (1.0 + (1.0 - 2.0 * lapse) * odds)).sum(1) / weight.sum()
 
 
-def posterior(
-    ns: Sequence[int], fits: Sequence[int], fails: Sequence[int], *, n_min: int, n_max: int
-) -> Posterior:
+def posterior(ns: Sequence[int], fits: Sequence[int], fails: Sequence[int], *, n_min: int, n_max: int) -> Posterior:
     """The posterior over (ln EMC50, slope, lapse) given the counts at each n.
 
     The grid moves its nodes, in m and in the slope, to what carries mass, until none carries much of it: its
@@ -175,9 +173,7 @@ def estimate(
     )
 
 
-def _log_joint(
-    x: np.ndarray, fits: np.ndarray, fails: np.ndarray, m: np.ndarray, log_slope: np.ndarray
-) -> np.ndarray:
+def _log_joint(x: np.ndarray, fits: np.ndarray, fails: np.ndarray, m: np.ndarray, log_slope: np.ndarray) -> np.ndarray:
     """Log of prior times likelihood, up to a constant, at every (m, log_slope, lapse).
 
     Elementwise operations and sums over the first axis only: a BLAS product would change bits with alignment.

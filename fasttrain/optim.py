@@ -12,7 +12,9 @@ import torch
 class Optimizer(Protocol):
     """One update of all models; state arrays have the shape [E, P] of the parameters and start at zero."""
 
-    state_names: tuple[str, ...]
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the state arrays."""
 
     def tables(self, step: torch.Tensor, lr: torch.Tensor, momentum: torch.Tensor) -> list[torch.Tensor]:
         """Per-model coefficients of the coming updates.

@@ -149,7 +149,7 @@ def scan(
         with interrupts.deferred():
             store.begin(spec, prepared.problems, {**stated, "slots": prepared.slots})
         _Scan(spec, prepared, store, interrupts, on_progress).run()
-    return load(out) if out is not None else Results.from_memory(store)
+    return Results.from_memory(store) if isinstance(store, MemoryStore) else load(store.path)
 
 
 def preview(spec: ScanSpec) -> Preview:
@@ -185,9 +185,7 @@ def _prepare(spec: ScanSpec) -> _Prepared:
         if n_min >= n_max:
             raise UserError("n_min", n_min, f"expected less than n-max, which is {n_max} here")
         problems.append(Problem(index, variant, params, n_min, n_max))
-    plan = make_plan(
-        problems, spec, info, device=device.type, item=dtype.itemsize, available=available_bytes(device)
-    )
+    plan = make_plan(problems, spec, info, device=device.type, item=dtype.itemsize, available=available_bytes(device))
     setting = Setting(spec, info.features, device, dtype)
     backend = AUTO if spec.backend == "auto" else spec.backend
     return _Prepared(setting, problems, plan.slots, plan.memory_bytes, backend)
@@ -283,9 +281,7 @@ class _Scan:
             tolerance=spec.tolerance,
             max_probes=spec.max_probes,
         )
-        self.trainer = Trainer(
-            self.prepared.setting, problems, self.prepared.make_backend, self.prepared.slots
-        )
+        self.trainer = Trainer(self.prepared.setting, problems, self.prepared.make_backend, self.prepared.slots)
         status = "interrupted"
         try:
             while not self.search.done:

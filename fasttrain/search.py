@@ -152,9 +152,7 @@ def _placed(problem: Problem, post: Posterior, count: int) -> tuple[list[int], t
     return targets, (first, last)
 
 
-def _nearest_with_room(
-    target: int, used: Mapping[int, int], seeds: int, bounds: tuple[int, int]
-) -> int | None:
+def _nearest_with_room(target: int, used: Mapping[int, int], seeds: int, bounds: tuple[int, int]) -> int | None:
     """The n nearest to the target, the lower of two, with a seed left; None without one in bounds."""
     if used.get(target, 0) < seeds:
         return target

@@ -357,9 +357,7 @@ def _validated(spec: ScanSpec) -> dict[str, Any]:
         ),
         "labels": _unique(_choice("labels", name, LABELS) for name in _values("labels", spec.labels)),
         "classes": None if spec.classes is None else _integers("classes", spec.classes, 2),
-        "optimizer": _unique(
-            _choice("optimizer", name, OPTIMIZERS) for name in _values("optimizer", spec.optimizer)
-        ),
+        "optimizer": _unique(_choice("optimizer", name, OPTIMIZERS) for name in _values("optimizer", spec.optimizer)),
         "lr": _unique(_number("lr", value, 0.0, math.inf, lr) for value in _values("lr", spec.lr)),
         "momentum": momentum,
         "batch_size": _unique(_batch(value) for value in _values("batch_size", spec.batch_size)),

@@ -144,9 +144,7 @@ _SETTINGS = (
     Column("params", int, "problem.params", "trained parameters, biases included"),
 )
 _ESTIMATES = (
-    Column(
-        "emc50", float, "estimate.emc50", "n fitted with probability one half; NaN if censored or unknown"
-    ),
+    Column("emc50", float, "estimate.emc50", "n fitted with probability one half; NaN if censored or unknown"),
     Column("emc50_low", float, "estimate.emc50_low", "lower end of its interval; n_max if above, 0 if below"),
     Column("emc50_high", float, "estimate.emc50_high", "upper end of its interval; infinite if not reached"),
     Column("emc50_per_param", float, "per_param", "emc50 / params"),
@@ -178,12 +176,8 @@ PROBES = (
     Column("outcome", str, "result.outcome", "fitted, plateaued, diverged or out_of_budget", ""),
     Column("steps", int, "result.steps", "optimizer steps taken"),
     Column("fit_step", int, "result.fit_step", "step of the first fit; -1 if there was none"),
-    Column(
-        "train_error", float, "result.train_error", "share of the n samples not strictly right at the end"
-    ),
-    Column(
-        "train_loss", float, "result.train_loss", "mean cross-entropy over the n samples at the end", "nat"
-    ),
+    Column("train_error", float, "result.train_error", "share of the n samples not strictly right at the end"),
+    Column("train_loss", float, "result.train_loss", "mean cross-entropy over the n samples at the end", "nat"),
     Column("started", float, "result.started", "start of the run, after the start of the scan", "s"),
     Column("finished", float, "result.finished", "end of the run, after the start of the scan", "s"),
     Column("train_seconds", float, "result.train_seconds", "its share of the time of its batches", "s"),
@@ -223,9 +217,7 @@ class _TableStore(ABC):
         }
         self._reserved = frozenset(own)
         unknown = (math.nan,) * 5
-        curves = [
-            _Curve(spec, p, Estimate(p.index, *unknown, Censored.NO, False, False, 0)) for p in problems
-        ]
+        curves = [_Curve(spec, p, Estimate(p.index, *unknown, Censored.NO, False, False, 0)) for p in problems]
         self._create(spec.to_json(), {**own, **self._checked(conditions)}, _block(CURVES, curves))
 
     def append(self, results: Sequence[ProbeResult]) -> None:

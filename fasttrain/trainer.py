@@ -45,9 +45,7 @@ class Trainer:
         slots: probes that train at once.
     """
 
-    def __init__(
-        self, setting: Setting, problems: Sequence[Problem], make_backend: MakeBackend, slots: int
-    ) -> None:
+    def __init__(self, setting: Setting, problems: Sequence[Problem], make_backend: MakeBackend, slots: int) -> None:
         self.load = Load()
         self.slots = slots
         self._setting = setting

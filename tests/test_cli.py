@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fasttrain.cli import main
-from fasttrain.cli.options import FIELDS
 
 import fasttrain
 from fasttrain import ScanSpec, UserError
+from fasttrain.cli import main
+from fasttrain.cli.options import FIELDS
 from fasttrain.records import Censored, Estimate, History, Outcome, Probe, ProbeResult, Problem
 from fasttrain.store import HDF5Store
 
@@ -318,9 +318,7 @@ def test_table_marks_what_is_censored_spent_and_unfinished(capsys):
 
 
 def test_table_shows_the_settings_that_vary(capsys):
-    spec = ScanSpec(
-        widths="4", depths="0,1", optimizer="sgd,adam", batch_size="32,full", labels="random,true"
-    )
+    spec = ScanSpec(widths="4", depths="0,1", optimizer="sgd,adam", batch_size="32,full", labels="random,true")
     write(spec, "emc.h5")
     assert main(["show", "emc.h5"]) == 0
     text = capsys.readouterr().out
@@ -389,8 +387,7 @@ def test_a_full_disk_is_one_line(replace, capsys):
     replace("scan", scan)
     assert main(["scan"]) == 1
     assert capsys.readouterr().err == (
-        "fasttrain: the scan to emc.h5 stopped: No space left on device; "
-        "the runs finished before are in emc.h5\n"
+        "fasttrain: the scan to emc.h5 stopped: No space left on device; the runs finished before are in emc.h5\n"
     )
 
 

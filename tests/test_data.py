@@ -70,9 +70,7 @@ def test_random_labels_are_uniform_over_the_classes(data: str, classes: int) -> 
     assert y.max() == classes - 1
     assert P_LEAST < stats.chisquare(np.bincount(y, minlength=classes)).pvalue < 1 - P_LEAST
     # Not balanced by construction either: the counts of one run vary as those of independent labels.
-    counts = [
-        np.bincount(task(spec, "random", classes, seed, 1500).y, minlength=classes) for seed in range(10)
-    ]
+    counts = [np.bincount(task(spec, "random", classes, seed, 1500).y, minlength=classes) for seed in range(10)]
     statistic = sum(stats.chisquare(c).statistic for c in counts)
     assert P_LEAST < stats.chi2.sf(statistic, 10 * (classes - 1)) < 1 - P_LEAST
 

@@ -2,8 +2,9 @@ import itertools
 
 import pytest
 import torch
-from fasttrain.kernels.reference import cross_entropy, strictly_right
 from torch.nn import functional as F
+
+from fasttrain.kernels.reference import cross_entropy, strictly_right
 
 INF, NAN = torch.inf, torch.nan
 

@@ -69,9 +69,7 @@ def surface_uses(path: Path) -> set[str]:
     return {
         node.attr
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "fasttrain"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "fasttrain"
     }
 
 
@@ -120,9 +118,7 @@ def test_kernels_are_imported_by_backends_alone_and_triton_by_kernels_alone() ->
     assert {part for part in FILES if "kernels" in parts_of(part)} == {"backends"}
     users = {part for part, names in IMPORTS.items() if {name.split(".")[0] for name in names} & {"triton"}}
     assert users <= {"kernels"}
-    bare = {
-        part for part, names in IMPORTS.items() if {name.split(".")[0] for name in names} & {"kernels", "cli"}
-    }
+    bare = {part for part, names in IMPORTS.items() if {name.split(".")[0] for name in names} & {"kernels", "cli"}}
     assert not bare
 
 

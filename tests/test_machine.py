@@ -33,19 +33,13 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         (2, "cuda:1", "cuda:1"),
     ],
 )
-def test_devices_that_are_there(
-    monkeypatch: pytest.MonkeyPatch, count: int, name: str, expected: str
-) -> None:
+def test_devices_that_are_there(monkeypatch: pytest.MonkeyPatch, count: int, name: str, expected: str) -> None:
     with_cuda(monkeypatch, count)
     assert resolve_device(name) == torch.device(expected)
 
 
-@pytest.mark.parametrize(
-    ("count", "name"), [(0, "cuda"), (0, "cuda:0"), (1, "cuda:1"), (2, "cuda:2"), (2, "cuda:99")]
-)
-def test_a_device_that_is_not_there_is_refused(
-    monkeypatch: pytest.MonkeyPatch, count: int, name: str
-) -> None:
+@pytest.mark.parametrize(("count", "name"), [(0, "cuda"), (0, "cuda:0"), (1, "cuda:1"), (2, "cuda:2"), (2, "cuda:99")])
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, count: int, name: str) -> None:
     with_cuda(monkeypatch, count)
     with pytest.raises(UserError) as caught:
         resolve_device(name)

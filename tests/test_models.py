@@ -36,9 +36,7 @@ def test_parameter_count_is_that_of_the_module(features: int) -> None:
         module = MLP(one, features)
         assert parameter_count(one, features) == sum(p.numel() for p in module.parameters())
         drawn = draw_weights(one, features, scan_seed=0, seed=0, n=2)
-        assert {k: v.shape for k, v in drawn.items()} == {
-            k: tuple(p.shape) for k, p in module.named_parameters()
-        }
+        assert {k: v.shape for k, v in drawn.items()} == {k: tuple(p.shape) for k, p in module.named_parameters()}
 
 
 def test_absurd_sizes_are_counted_exactly_without_being_built() -> None:

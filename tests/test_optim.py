@@ -16,9 +16,7 @@ BEGINS = [0, 0, 0, 0, INSERTED]
 
 def gradients() -> torch.Tensor:
     """Fixed gradients [STEPS, E, P]: those of a model would amplify rounding by its own dynamics."""
-    drawn = torch.randn(
-        STEPS, len(LR), PARAMS, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    drawn = torch.randn(STEPS, len(LR), PARAMS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return drawn * torch.tensor(SCALE, dtype=torch.float64)[:, None]
 
 

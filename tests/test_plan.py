@@ -89,9 +89,7 @@ def test_n_max_is_the_data_set_or_four_times_the_parameters() -> None:
         ({"data": "gaussian:64", "n_max": 100}, {"data": "gaussian:64", "n_max": 101}),
     ],
 )
-def test_memory_grows_with_everything_that_takes_it(
-    small: dict[str, object], large: dict[str, object]
-) -> None:
+def test_memory_grows_with_everything_that_takes_it(small: dict[str, object], large: dict[str, object]) -> None:
     assert needs(**small) < needs(**large)
     assert needs(item=4, **small) < needs(item=8, **small)
 

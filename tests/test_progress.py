@@ -6,19 +6,17 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from fasttrain.cli.progress import Log, render, reporter, visible
-from fasttrain.cli.tables import bytes_text, number_text, seconds_text
 from rich.console import Console
 
 from fasttrain import ScanSpec
+from fasttrain.cli.progress import Log, render, reporter, visible
+from fasttrain.cli.tables import bytes_text, number_text, seconds_text
 from fasttrain.records import Censored, Estimate
 
 NAN, INF = float("nan"), float("inf")
 
 
-def estimate(
-    variant, emc50=NAN, low=NAN, high=NAN, censored=Censored.NO, budget=False, finished=False, runs=0
-):
+def estimate(variant, emc50=NAN, low=NAN, high=NAN, censored=Censored.NO, budget=False, finished=False, runs=0):
     return Estimate(variant, emc50, low, high, 4.0, 0.01, censored, budget, finished, runs)
 
 
@@ -88,9 +86,7 @@ def test_live_table_shows_what_varies_and_why_a_variant_ended():
 @pytest.mark.parametrize("height", [1, 3, 5, 10, 24, 50])
 @pytest.mark.parametrize("width", [30, 80, 200])
 def test_hundreds_of_variants_fit_the_terminal(height, width):
-    estimates = [
-        estimate(i, 50.0, 40.0, 60.0, finished=i < 150, runs=9 if i < 156 else 0) for i in range(300)
-    ]
+    estimates = [estimate(i, 50.0, 40.0, 60.0, finished=i < 150, runs=9 if i < 156 else 0) for i in range(300)]
     lines = shown(snapshot(estimates), height=height, width=width).splitlines()
     assert len(lines) <= max(height, 3)
     assert max(len(line) for line in lines) <= width
@@ -117,9 +113,7 @@ def test_log_reports_each_finished_variant_once_and_progress_every_few_seconds()
     assert log.lines(snapshot(THREE, elapsed=14.0)) == []
     assert len(log.lines(snapshot(THREE, elapsed=17.1))) == 1
     done = (*THREE[:2], estimate(2, low=0.0, high=2.0, censored=Censored.BELOW, finished=True, runs=5))
-    assert log.lines(snapshot(done, elapsed=18.0)) == [
-        "[18 s] width 3, depth 1: EMC50 < 2, 5 runs, below n-min"
-    ]
+    assert log.lines(snapshot(done, elapsed=18.0)) == ["[18 s] width 3, depth 1: EMC50 < 2, 5 runs, below n-min"]
     last = log.lines(snapshot(done, elapsed=18.5, finished=True))
     assert len(last) == 1
     assert "left" not in last[0]
@@ -209,8 +203,6 @@ def test_numbers(number, text):
     assert number_text(number) == text
 
 
-@pytest.mark.parametrize(
-    ("number", "text"), [(10, "1 MiB"), (210 * 2**20, "210 MiB"), (1434 * 2**20, "1.4 GiB")]
-)
+@pytest.mark.parametrize(("number", "text"), [(10, "1 MiB"), (210 * 2**20, "210 MiB"), (1434 * 2**20, "1.4 GiB")])
 def test_bytes(number, text):
     assert bytes_text(number) == text

@@ -5,9 +5,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from fasttrain.cli import main
 
 from fasttrain import ScanSpec
+from fasttrain.cli import main
 from fasttrain.models import parameter_count
 from fasttrain.spec import read_toml
 

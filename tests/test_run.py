@@ -19,7 +19,14 @@ from fasttrain.data import task
 from fasttrain.run import _Interrupts
 from fasttrain.store import TIMING_ATTRIBUTES, TIMING_COLUMNS
 
-SMALL = {"widths": (3, 6), "steps": 400, "check_every": 50, "max_probes": 14, "data": "gaussian:8", "classes": 3}
+SMALL = {
+    "widths": (3, 6),
+    "steps": 400,
+    "check_every": 50,
+    "max_probes": 14,
+    "data": "gaussian:8",
+    "classes": 3,
+}
 
 
 def same(a: fasttrain.Results, b: fasttrain.Results) -> None:
@@ -156,7 +163,7 @@ def test_bad_input_writes_nothing(tmp_path):
         assert "\n" not in str(caught.value)
         assert not path.exists()
     path.write_bytes(b"mine")
-    with pytest.raises(fasttrain.UserError, match="emc.h5"):
+    with pytest.raises(fasttrain.UserError, match=r"emc\.h5"):
         fasttrain.scan(fasttrain.ScanSpec(**SMALL), out=path)
     assert path.read_bytes() == b"mine"
 
@@ -164,11 +171,10 @@ def test_bad_input_writes_nothing(tmp_path):
 def test_interrupt_waits_for_a_write_and_then_comes():
     with _Interrupts() as interrupts:
         reached = False
-        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
-            with interrupts.deferred():
-                signal.raise_signal(signal.SIGINT)
-                time.sleep(0.01)
-                reached = True
+        with pytest.raises(KeyboardInterrupt), interrupts.deferred():  # noqa: PT012
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.01)
+            reached = True
         assert reached
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

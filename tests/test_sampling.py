@@ -58,9 +58,7 @@ def scalar_permute(position: int, n: int, epoch: int, key: tuple[int, int]) -> i
             if r % 2:
                 low = (low + mix((high * 0x85EBCA6B + for_low) % word ^ constant) * rows // word) % rows
             else:
-                high = (
-                    high + mix((low * 0x85EBCA6B + for_high) % word ^ constant) * columns // word
-                ) % columns
+                high = (high + mix((low * 0x85EBCA6B + for_high) % word ^ constant) * columns // word) % columns
         position = high * rows + low
         if position < n:
             return position
@@ -198,9 +196,7 @@ def test_the_epochs_of_two_runs_do_not_meet_shifted() -> None:
     assert len(here & there) < 40
 
 
-@pytest.mark.parametrize(
-    ("n", "batch"), [(1, 1), (1, 64), (3, 64), (54, 64), (63, 64), (64, 64), (100, 7), (101, 64)]
-)
+@pytest.mark.parametrize(("n", "batch"), [(1, 1), (1, 64), (3, 64), (54, 64), (63, 64), (64, 64), (100, 7), (101, 64)])
 def test_an_epoch_takes_every_sample_once_and_every_batch_is_full(n: int, batch: int) -> None:
     steps = 4 * n  # 4 batch epochs
     drawn = minibatches(n, batch, 0, steps, order_key(0, 0, n))

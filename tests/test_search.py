@@ -146,9 +146,7 @@ def test_a_resumed_search_asks_only_for_what_was_not_stored():
 def test_an_estimate_waits_for_its_round_and_is_computed_once_a_round(monkeypatch):
     calls = []
     inner = module.posterior
-    monkeypatch.setattr(
-        module, "posterior", lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs)
-    )
+    monkeypatch.setattr(module, "posterior", lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs))
     search = Search([problem(0), problem(1)], **DEFAULTS)
     first = [probe for probe in search.ask() if probe.variant == 0]
     before = search.estimates()
@@ -296,9 +294,6 @@ def test_intervals_cover_and_emc50_is_unbiased(slope, lapse):
 def test_coverage_is_the_stated_content_when_slopes_follow_the_prior():
     rng = np.random.default_rng(13)
     covered = np.array(
-        [
-            simulate(math.exp(rng.normal(math.log(10.0), 0.9)), 0.2 * rng.beta(1, 5), 1, key)[1][0]
-            for key in range(500)
-        ]
+        [simulate(math.exp(rng.normal(math.log(10.0), 0.9)), 0.2 * rng.beta(1, 5), 1, key)[1][0] for key in range(500)]
     )
     assert abs(covered.mean() - 0.9) < 3 * math.sqrt(0.09 / 500) + 0.02

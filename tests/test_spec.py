@@ -268,9 +268,7 @@ def test_classes_come_from_the_data_set_unless_given():
 
 
 def test_every_setting_of_a_variant_comes_from_the_spec():
-    spec = ScanSpec(
-        widths=5, depths=3, activation="gelu", labels="true", optimizer="sgd", lr=0.5, batch_size="full"
-    )
+    spec = ScanSpec(widths=5, depths=3, activation="gelu", labels="true", optimizer="sgd", lr=0.5, batch_size="full")
     assert spec.variants(4) == (
         Variant(
             arch="mlp",

@@ -91,9 +91,7 @@ def test_a_flat_loss_is_a_plateau_as_soon_as_there_was_a_check_at_half_of_the_st
         (math.nextafter(0.9, 0.0), None),
     ],
 )
-def test_the_plateau_is_exactly_where_less_than_a_tenth_was_gained(
-    last: float, outcome: Outcome | None
-) -> None:
+def test_the_plateau_is_exactly_where_less_than_a_tenth_was_gained(last: float, outcome: Outcome | None) -> None:
     """Losses 1 at step 400, and so much at step 800; in between it falls so that nothing is flat before."""
     monitor = Monitor(StopRules(1000, 400))
     assert monitor.observe(400, 1.0, 1, N) is None
@@ -114,9 +112,7 @@ def test_the_best_loss_counts_not_the_last() -> None:
     assert follow([1.0, 0.8, 0.5, 2.0], rules) == [None] * 4
 
 
-@pytest.mark.parametrize(
-    ("steps", "first"), [(1000, 100), (2000, 200), (10_000, 1000), (9999, 1000), (10_001, 1001)]
-)
+@pytest.mark.parametrize(("steps", "first"), [(1000, 100), (2000, 200), (10_000, 1000), (9999, 1000), (10_001, 1001)])
 def test_no_plateau_before_a_tenth_of_the_budget(steps: int, first: int) -> None:
     flat = follow([1.0] * steps, StopRules(steps, 1))
     ends = [k + 1 for k, outcome in enumerate(flat) if outcome is not None]

@@ -29,9 +29,7 @@ from fasttrain.store import (
     check_output,
 )
 
-SPEC = ScanSpec(
-    widths=(4, 8), depths=(0, 1), optimizer=("sgd", "adam"), batch_size=("full",), lr=(0.1,), steps=500
-)
+SPEC = ScanSpec(widths=(4, 8), depths=(0, 1), optimizer=("sgd", "adam"), batch_size=("full",), lr=(0.1,), steps=500)
 PROBLEMS = [Problem(i, v, 50 * (i + 1), 2 + i, 10**18) for i, v in enumerate(SPEC.variants(10))]
 CONDITIONS = {"fasttrain": "0.1.0", "device": "Große GPU, 東京", "threads": 2, "memory_gib": 0.5, "note": ""}
 LENGTHS = (3, 0, 1, 0, 0, 7)

@@ -13,4 +13,7 @@ AUTO = "vmap"
 
 def make_backend(name: str, setting: Setting, variant: Variant) -> Backend[Any]:
     """The backend of a bucket, given a variant of it; ``name`` is ``"loop"`` or ``"vmap"``."""
-    return LoopBackend(setting) if name == "loop" else VmapBackend(setting, variant)
+    if name == LoopBackend.name:
+        return LoopBackend(setting)
+    assert name == VmapBackend.name, name
+    return VmapBackend(setting, variant)

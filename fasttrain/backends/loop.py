@@ -45,14 +45,13 @@ class LoopBackend:
 
     def _start(self, run: Run) -> _Trained:
         setting = self._setting
-        kind = {"device": setting.device, "dtype": setting.dtype}
-        model = MLP(run.problem.variant, setting.features).to(**kind)
+        model = MLP(run.problem.variant, setting.features).to(setting.device, setting.dtype)
         weights = {name: torch.as_tensor(value) for name, value in run.initial_weights(setting).items()}
         model.load_state_dict(weights)
         return _Trained(
             model=model,
             optimizer=_optimizer(run.problem.variant, model),
-            x=torch.as_tensor(run.task.pool[run.task.rows]).to(**kind),
+            x=torch.as_tensor(run.task.pool[run.task.rows]).to(setting.device, setting.dtype),
             y=torch.as_tensor(run.task.y, device=setting.device),
         )
 

@@ -230,7 +230,12 @@ class VmapBackend:
         return self._graphs[key](*args)
 
     def _loss_and_gradient(
-        self, params: torch.Tensor, grads: torch.Tensor, x: torch.Tensor, onehot: torch.Tensor, weight: torch.Tensor
+        self,
+        params: torch.Tensor,
+        grads: torch.Tensor,
+        x: torch.Tensor,
+        onehot: torch.Tensor,
+        weight: torch.Tensor,
     ) -> torch.Tensor:
         def loss(p: dict, x: torch.Tensor, onehot: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             return (cross_entropy(functional_call(self._model, p, (x,)), onehot) * weight).sum()
@@ -240,9 +245,7 @@ class VmapBackend:
             view.copy_(found[name])
         return losses
 
-    def _check(
-        self, params: torch.Tensor, x: torch.Tensor, onehot: torch.Tensor, weight: torch.Tensor
-    ) -> torch.Tensor:
+    def _check(self, params: torch.Tensor, x: torch.Tensor, onehot: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         def logits(p: dict, x: torch.Tensor) -> torch.Tensor:
             return functional_call(self._model, p, (x,))
 

@@ -1,5 +1,7 @@
 """Multilayer perceptrons with one width for all hidden layers; depth 0 is the linear classifier."""
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -11,7 +13,7 @@ from fasttrain.spec import Variant
 def layer_sizes(variant: Variant, features: int) -> list[tuple[int, int]]:
     """(fan_in, fan_out) of each weight matrix, input side first."""
     sizes = [features, *[variant.width] * variant.depth, variant.classes]
-    return list(zip(sizes[:-1], sizes[1:], strict=True))
+    return list(itertools.pairwise(sizes))
 
 
 def parameter_count(variant: Variant, features: int) -> int:
@@ -46,9 +48,7 @@ def activation(name: str) -> torch.nn.Module:
     return getattr(torch.nn, ACTIVATIONS[name].module)()
 
 
-def draw_weights(
-    variant: Variant, features: int, *, scan_seed: int, seed: int, n: int
-) -> dict[str, np.ndarray]:
+def draw_weights(variant: Variant, features: int, *, scan_seed: int, seed: int, n: int) -> dict[str, np.ndarray]:
     """Initial parameters of one run, float64, by parameter name.
 
     Weights are N(0, gain^2 / fan_in) with the gain of the activation (He et al. 2015 for the ReLU-like ones; 1
@@ -61,4 +61,3 @@ def draw_weights(
         out[f"layers.{layer}.weight"] = rng.standard_normal((fan_out, fan_in)) * (gain / fan_in**0.5)
         out[f"layers.{layer}.bias"] = np.zeros(fan_out)
     return out
-

@@ -17,9 +17,7 @@ EXACT = [
     {"widths": width, "batch_size": batch, "activation": "relu"}
     for width, batch in itertools.product((1, 5, 17), (1, 7, 64, "full"))
 ]
-APPROXIMATED = [
-    {"widths": 7, "batch_size": 5, "activation": name} for name, a in ACTIVATIONS.items() if not a.exact
-]
+APPROXIMATED = [{"widths": 7, "batch_size": 5, "activation": name} for name, a in ACTIVATIONS.items() if not a.exact]
 OTHERS = [
     {"widths": 5, "batch_size": 7, "depths": 2, "optimizer": "sgd"},
     {"depths": 0, "batch_size": 7, "optimizer": "sgd", "classes": 3},

@@ -61,6 +61,7 @@ def test_float32_error_is_no_larger_than_the_oracles(fields):
     truth, _ = paths("loop", fields, torch.float64)
     loop, _ = paths("loop", fields, torch.float32)
     vmap, _ = paths("vmap", fields, torch.float32)
+
     # Over the first steps, before a path's own instability multiplies both errors by what it likes.
     def error(x):
         return np.sqrt(((x[:50] - truth[:50]) ** 2).mean())
