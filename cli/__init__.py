@@ -137,7 +137,7 @@ def _kept(out: str, before: tuple[int, ...] | None) -> str:
         return f"Interrupted: {out} cannot be read: {error.expected}"
     from fasttrain.cli.tables import count
 
-    runs, variants = len(results.probes), int((results.curves["n_probes"] > 0).sum())
+    runs, variants = len(results.probes), int(results.probes["variant"].nunique())
     kept = f"{count(runs, 'finished run')} of {count(variants, 'variant')}"
     return f"Interrupted: {kept} {'is' if runs == 1 else 'are'} kept in {out} (fasttrain show {out})."
 

@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING, Any
 # The same bits for a model whatever trains beside it need MKL's strict reproducibility mode, which MKL reads once,
 # at its first call; a value that the user has set wins (docs/decisions/0002-bitwise-on-cpu.md).
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-# Threads that wait by spinning made a step 80 times slower on a machine shared with other programs; OpenMP reads this
-# when torch loads it (docs/TRAPS.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from fasttrain.analysis import Results, load

@@ -137,7 +137,7 @@ def scan(
         check_output(out, overwrite)
     prepared = _prepare(spec)
     store = MemoryStore() if out is None else HDF5Store(out, overwrite)
-    with _two_threads_at_most(prepared):
+    with _numerics(prepared):
         stated = conditions(prepared.setting.device, prepared.backend, prepared.setting.dtype)
     if not stated["bitwise_independent"]:
         warnings.warn(
@@ -145,7 +145,7 @@ def scan(
             "what trains beside them (recorded in the file; docs/decisions/0002-bitwise-on-cpu.md)",
             stacklevel=2,
         )
-    with _two_threads_at_most(prepared), _Interrupts() as interrupts:
+    with _numerics(prepared), _Interrupts() as interrupts:
         with interrupts.deferred():
             store.begin(spec, prepared.problems, {**stated, "slots": prepared.slots})
         _Scan(spec, prepared, store, interrupts, on_progress).run()
@@ -159,7 +159,8 @@ def preview(spec: ScanSpec) -> Preview:
         UserError: as ``scan``.
     """
     prepared = _prepare(spec)
-    seconds = sum(_step_seconds(prepared, problem) for problem in prepared.problems) * spec.steps
+    with _numerics(prepared):
+        seconds = sum(_step_seconds(prepared, problem) for problem in prepared.problems) * spec.steps
     return Preview(
         variants=tuple(prepared.problems),
         memory_bytes=prepared.memory_bytes,
@@ -192,15 +193,22 @@ def _prepare(spec: ScanSpec) -> _Prepared:
 
 
 @contextlib.contextmanager
-def _two_threads_at_most(prepared: _Prepared) -> Iterator[None]:
-    """Limits torch's threads on a CPU: the spare rows that keep models apart are laid out for one or two."""
-    threads = torch.get_num_threads()
+def _numerics(prepared: _Prepared) -> Iterator[None]:
+    """Full float32 products (no TF32, no bfloat16), and on a CPU one thread; restored afterwards.
+
+    One, because threads cost more than they give at these sizes: the default scan made 1.1 to 2.2 thousand model-steps
+    a second with two passive threads and 3 to 6 thousand with one, and two spinning threads stall on a busy machine
+    (docs/TRAPS.md).
+    """
+    threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     if prepared.setting.device.type == "cpu":
-        torch.set_num_threads(min(threads, 2))
+        torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(products)
 
 
 def _step_seconds(prepared: _Prepared, problem: Problem) -> float:

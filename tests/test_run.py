@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.optimize import linprog
 
 import fasttrain
@@ -211,6 +212,19 @@ def test_a_scan_in_a_thread_leaves_signals_alone():
     thread.join()
     assert len(found[0].probes) == 4
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_looser_products_set_by_the_caller_do_not_reach_a_scan():
+    spec = fasttrain.ScanSpec(**{**SMALL, "max_probes": 4})
+    expected = fasttrain.scan(spec)
+    seen = set()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        same(fasttrain.scan(spec, on_progress=lambda _: seen.add(torch.get_float32_matmul_precision())), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert "highest" in seen
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_preview_counts_and_writes_nothing(tmp_path, monkeypatch):

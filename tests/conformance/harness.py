@@ -12,11 +12,13 @@ from fasttrain.spec import ScanSpec
 class Bench:
     """Runs of one bucket on one backend; run k takes the k-th (n, variant) of a fixed list."""
 
-    def __init__(self, backend: str, ns: list[int], dtype=torch.float64, features: int = 7, **fields) -> None:
+    def __init__(
+        self, backend: str, ns: list[int], dtype=torch.float64, features: int = 7, device="cpu", **fields
+    ) -> None:
         fields = {"check_every": 100, "data": f"gaussian:{features}", "seed": 5, **fields}
         self.spec = ScanSpec(**fields)
         self.variants = self.spec.variants(10)
-        self.setting = Setting(self.spec, features, torch.device("cpu"), dtype)
+        self.setting = Setting(self.spec, features, torch.device(device), dtype)
         self.backend = make_backend(backend, self.setting, self.variants[0])
         self.ns = ns
 
