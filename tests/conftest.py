@@ -1,5 +1,9 @@
 """Shared by all tests."""
 
+import os
+
+# Before torch loads OpenMP: spinning threads stall the tests of two threads on a machine shared with others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import fasttrain  # isort: skip  (before torch: it sets how BLAS and OpenMP behave)
 
 import pytest
