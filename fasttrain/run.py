@@ -226,7 +226,11 @@ def _step_seconds(prepared: _Prepared, problem: Problem) -> float:
 
 @dataclass(slots=True)
 class _Interrupts:
-    """Ctrl-C as an exception, but not in the middle of writing: there it waits until the write is done."""
+    """Ctrl-C as an exception, but not in the middle of writing: there it waits until the write is done.
+
+    It is remembered too: an exception that a signal raises inside a finaliser or a weak reference's callback, of
+    which recording a graph makes many, is printed and lost.
+    """
 
     _writing: bool = False
     _pending: bool = False
@@ -242,9 +246,14 @@ class _Interrupts:
             signal.signal(signal.SIGINT, self._previous)
 
     def _on_signal(self, *_: object) -> None:
+        self._pending = True
         if not self._writing:
             raise KeyboardInterrupt
-        self._pending = True
+
+    def check(self) -> None:
+        """Raises what came and was held back or lost."""
+        if self._pending:
+            raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -254,9 +263,7 @@ class _Interrupts:
             yield
         finally:
             self._writing = False
-        if self._pending:
-            self._pending = False
-            raise KeyboardInterrupt
+        self.check()
 
 
 @dataclass(slots=True)
@@ -294,8 +301,8 @@ class _Scan:
         try:
             while not self.search.done:
                 self.trainer.submit(self._searching(self.search.ask))
-                results = self.trainer.advance()
-                self._take(results)
+                self._take(self.trainer.advance())
+                self.interrupts.check()
             status = "complete"
         finally:
             with self.interrupts.deferred():

@@ -1,5 +1,6 @@
 """Whole scans through the public interface."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -16,6 +17,7 @@ from scipy.optimize import linprog
 
 import fasttrain
 import fasttrain.plan
+import fasttrain.trainer
 from fasttrain.data import task
 from fasttrain.run import _Interrupts
 from fasttrain.store import TIMING_ATTRIBUTES, TIMING_COLUMNS
@@ -181,19 +183,43 @@ def test_interrupt_waits_for_a_write_and_then_comes():
             signal.raise_signal(signal.SIGINT)
 
 
+def test_an_interrupt_that_was_swallowed_still_stops_the_scan(monkeypatch, tmp_path):
+    """As one that arrives inside a finaliser, where Python prints the exception and goes on."""
+    advance = fasttrain.trainer.Trainer.advance
+    calls = []
+
+    def swallowing(self):
+        calls.append(0)
+        if len(calls) == 8:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        return advance(self)
+
+    monkeypatch.setattr(fasttrain.trainer.Trainer, "advance", swallowing)
+    with pytest.raises(KeyboardInterrupt):
+        fasttrain.scan(fasttrain.ScanSpec(**SMALL), out=tmp_path / "emc.h5")
+    assert len(calls) == 8
+    results = fasttrain.load(tmp_path / "emc.h5")
+    assert results.attrs["status"] == "interrupted"
+    assert len(results.probes) > 0
+
+
 @pytest.mark.parametrize("after", [1.5, 4.0])
 def test_ctrl_c_stops_within_two_seconds_and_keeps_what_finished(tmp_path, after):
     path = tmp_path / "emc.h5"
     command = [sys.executable, "-m", "fasttrain.cli", "scan", "--widths", "8,16", "--out", str(path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(after)
-    os.kill(process.pid, signal.SIGINT)
-    begin = time.monotonic()
-    _, errors = process.communicate(timeout=30)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not path.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            time.sleep(after)
+            os.kill(process.pid, signal.SIGINT)
+            begin = time.monotonic()
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert time.monotonic() - begin < 2.0
     assert process.returncode == 130
     assert "Traceback" not in errors
