@@ -221,7 +221,9 @@ def test_ctrl_c_stops_within_two_seconds_and_keeps_what_finished(tmp_path, after
         finally:
             process.kill()
     assert time.monotonic() - begin < 2.0
-    assert process.returncode == 130
+    # Both are 130 to a shell. Python ends itself by the signal where the interrupt came inside exec() of a text, as
+    # the recording of a graph makes, although it was caught (CPython's unhandled_keyboard_interrupt flag).
+    assert process.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in errors
     results = fasttrain.load(path)
     assert results.attrs["status"] == "interrupted"
