@@ -8,6 +8,9 @@ from fasttrain.backends.base import Run, Setting
 from fasttrain.records import Probe, Problem
 from fasttrain.spec import ScanSpec
 
+BATCHED = ("vmap", "native")
+"""The backends that are held to the oracle."""
+
 
 class Bench:
     """Runs of one bucket on one backend; run k takes the k-th (n, variant) of a fixed list."""

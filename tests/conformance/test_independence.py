@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from harness import Bench
+from harness import BATCHED, Bench
 
 from fasttrain.activations import ACTIVATIONS
 
@@ -39,10 +39,11 @@ def final(bench: Bench, state, position: int) -> np.ndarray:
     [(torch.float32, 1), (torch.float32, 2), (torch.float64, 1)],
     ids=["float32-1", "float32-2", "float64-1"],
 )
+@pytest.mark.parametrize("backend", BATCHED)
 @pytest.mark.parametrize("fields", [*EXACT, *APPROXIMATED, *OTHERS], ids=ident)
-def test_company_and_order_change_no_bit(fields, dtype, threads):
+def test_company_and_order_change_no_bit(fields, dtype, threads, backend):
     torch.set_num_threads(threads)
-    bench = Bench("vmap", NS, dtype, **fields)
+    bench = Bench(backend, NS, dtype, **fields)
     whole = bench.backend.init(bench.runs(range(len(NS))))
     bench.backend.run(whole, STEPS)
     expected = [final(bench, whole, i) for i in range(len(NS))]
@@ -54,11 +55,12 @@ def test_company_and_order_change_no_bit(fields, dtype, threads):
             np.testing.assert_array_equal(final(bench, state, position), expected[k])
 
 
+@pytest.mark.parametrize("backend", BATCHED)
 @pytest.mark.parametrize("data", ["gaussian:7", "digits"])
 @pytest.mark.parametrize("batch_size", [7, "full"])
-def test_insertion_into_a_freed_slot_changes_no_bit(batch_size, data):
+def test_insertion_into_a_freed_slot_changes_no_bit(batch_size, data, backend):
     features = 7 if data != "digits" else 64
-    bench = Bench("vmap", NS, torch.float32, features, widths=5, batch_size=batch_size, data=data, check_every=10)
+    bench = Bench(backend, NS, torch.float32, features, widths=5, batch_size=batch_size, data=data, check_every=10)
     alone = bench.backend.init(bench.runs([3]))
     bench.backend.run(alone, 30)
     state = bench.backend.init(bench.runs([0, 4, 7]))
@@ -70,8 +72,9 @@ def test_insertion_into_a_freed_slot_changes_no_bit(batch_size, data):
     np.testing.assert_array_equal(final(bench, state, 1), final(bench, alone, 0))
 
 
-def test_block_length_changes_no_bit():
-    one, many = (Bench("vmap", NS, torch.float32, widths=5, batch_size=7) for _ in range(2))
+@pytest.mark.parametrize("backend", BATCHED)
+def test_block_length_changes_no_bit(backend):
+    one, many = (Bench(backend, NS, torch.float32, widths=5, batch_size=7) for _ in range(2))
     a, b = one.backend.init(one.runs([1, 2, 3])), many.backend.init(many.runs([1, 2, 3]))
     one.backend.run(a, 60)
     for step in range(1, 61):
@@ -80,9 +83,10 @@ def test_block_length_changes_no_bit():
         np.testing.assert_array_equal(final(one, a, i), final(many, b, i))
 
 
-def test_a_model_that_explodes_touches_nobody_else():
+@pytest.mark.parametrize("backend", BATCHED)
+def test_a_model_that_explodes_touches_nobody_else(backend):
     # Variants alternate between the rates, so the odd runs explode.
-    bench = Bench("vmap", NS, torch.float32, widths=5, batch_size=7, optimizer="sgd", lr=(0.01, 1e30))
+    bench = Bench(backend, NS, torch.float32, widths=5, batch_size=7, optimizer="sgd", lr=(0.01, 1e30))
     state = bench.backend.init(bench.runs(range(6)))
     bench.backend.run(state, 50)
     calm = bench.backend.init(bench.runs([4, 0, 2]))

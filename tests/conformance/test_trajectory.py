@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from harness import Bench
+from harness import BATCHED, Bench
 
 STEPS = 520
 # Unequal n, some below the batch size of 16, one above a whole-set pass of 128 samples.
@@ -16,6 +16,18 @@ CASES = [
     pytest.param({"optimizer": "sgd", "lr": (0.01, 0.05), "depths": 2, "activation": "tanh"}, id="sgd-2-tanh"),
     pytest.param({"optimizer": "sgd", "lr": (0.01, 0.1), "depths": 1, "batch_size": "full"}, id="sgd-1-full"),
     pytest.param({"optimizer": "adam", "lr": (0.003, 0.02), "depths": 0, "batch_size": "full"}, id="adam-0-full"),
+]
+# Every activation (the kernels approximate some themselves), three hidden layers, minibatches above a block of 128 samples,
+# and widths that are and are not whole vectors.
+NATIVE_CASES = [
+    *(
+        pytest.param({"optimizer": "sgd", "lr": (0.01, 0.05), "depths": 2, "activation": name}, id=f"sgd-2-{name}")
+        for name in ("leaky_relu", "gelu", "silu", "sigmoid", "identity")
+    ),
+    pytest.param({"optimizer": "adam", "lr": (0.003, 0.01), "depths": 3, "widths": 16}, id="adam-3-wide"),
+    pytest.param(
+        {"optimizer": "sgd", "lr": (0.01, 0.1), "widths": 50, "batch_size": 150, "classes": 9}, id="sgd-1-150"
+    ),
 ]
 
 
@@ -42,53 +54,56 @@ def largest(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.abs(a - b).max(axis) / np.abs(b).max(axis)
 
 
-@pytest.mark.parametrize("fields", CASES)
-def test_float64_trajectory_is_the_oracles_to_rounding(fields):
+@pytest.mark.parametrize("backend", BATCHED)
+@pytest.mark.parametrize("fields", [*CASES, *NATIVE_CASES])
+def test_float64_trajectory_is_the_oracles_to_rounding(fields, backend):
     losses, finals = paths("loop", fields, torch.float64)
     # What rounding alone does to the oracle: its own path after inputs that differ by four units in the last place.
     nudged_losses, nudged_finals = paths("loop", fields, torch.float64, nudge=4 * 2.0**-52)
-    vmap_losses, vmap_finals = paths("vmap", fields, torch.float64)
+    own_losses, own_finals = paths(backend, fields, torch.float64)
     floor = 64 * 2.0**-52
-    assert (largest(vmap_losses, losses) <= 30 * largest(nudged_losses, losses) + floor).all()
-    assert (largest(vmap_finals, finals) <= 30 * largest(nudged_finals, finals) + floor).all()
+    assert (largest(own_losses, losses) <= 30 * largest(nudged_losses, losses) + floor).all()
+    assert (largest(own_finals, finals) <= 30 * largest(nudged_finals, finals) + floor).all()
     # The bound means something: rounding stays far below anything that a wrong step would do.
     assert largest(nudged_losses, losses).max() < 1e-8
     assert losses[-1].mean() < 0.9 * losses[0].mean()
 
 
-@pytest.mark.parametrize("fields", CASES[:4])
-def test_float32_error_is_no_larger_than_the_oracles(fields):
+@pytest.mark.parametrize("backend", BATCHED)
+@pytest.mark.parametrize("fields", [*CASES[:4], *NATIVE_CASES])
+def test_float32_error_is_no_larger_than_the_oracles(fields, backend):
     truth, _ = paths("loop", fields, torch.float64)
     loop, _ = paths("loop", fields, torch.float32)
-    vmap, _ = paths("vmap", fields, torch.float32)
+    own, _ = paths(backend, fields, torch.float32)
 
     # Over the first steps, before a path's own instability multiplies both errors by what it likes.
     def error(x):
         return np.sqrt(((x[:50] - truth[:50]) ** 2).mean())
 
-    assert error(vmap) <= 4 * error(loop)
+    assert error(own) <= 4 * error(loop)
 
 
+@pytest.mark.parametrize("batched", BATCHED)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_outcomes_checks_and_histories_agree(optimizer):
+def test_outcomes_checks_and_histories_agree(optimizer, batched):
     found = {}
-    for backend in ("loop", "vmap"):
+    for backend in ("loop", batched):
         bench = Bench(
             backend, [4, 30, 60, 400, 20], widths=6, classes=3, optimizer=optimizer, lr=(0.02, 1e30),
             batch_size=8, steps=900, check_every=50,
         )  # fmt: skip
         _, results = bench.step(bench.backend.init(bench.runs(range(5))), 900)
         found[backend] = {(r.probe.n, r.probe.seed): r for r in results}
-    assert found["loop"].keys() == found["vmap"].keys()
+    assert found["loop"].keys() == found[batched].keys()
     assert len(found["loop"]) == 5
     for key, loop in found["loop"].items():
-        vmap = found["vmap"][key]
-        assert (loop.outcome, loop.steps, loop.fit_step) == (vmap.outcome, vmap.steps, vmap.fit_step)
-        assert loop.train_error == vmap.train_error or np.isnan(loop.train_loss)
-        np.testing.assert_array_equal(loop.history.step, vmap.history.step)
-        np.testing.assert_allclose(vmap.history.train_loss, loop.history.train_loss, rtol=1e-7)
+        own = found[batched][key]
+        assert (loop.outcome, loop.steps, loop.fit_step) == (own.outcome, own.steps, own.fit_step)
+        assert loop.train_error == own.train_error or np.isnan(loop.train_loss)
+        np.testing.assert_array_equal(loop.history.step, own.history.step)
+        np.testing.assert_allclose(own.history.train_loss, loop.history.train_loss, rtol=1e-7)
     # lr 1e30 makes the odd ones explode; they must not take the others along.
-    outcomes = {seed: r.outcome for (_, seed), r in found["vmap"].items()}
+    outcomes = {seed: r.outcome for (_, seed), r in found[batched].items()}
     assert outcomes[0] == "fitted"
     assert {outcomes[0], outcomes[3]} > {"fitted"} or outcomes[3] != "diverged"
 
