@@ -1,6 +1,8 @@
 """The machine a scan runs on: device, memory, versions, and whether its BLAS keeps models apart bit for bit."""
 
+import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 
 import numpy as np
@@ -55,8 +57,22 @@ def keeps_models_apart() -> bool:
     return True
 
 
-def conditions(device: torch.device, backend: str, dtype: torch.dtype) -> dict[str, str | int | float]:
-    """What every number of a scan depends on beside its spec; kept in the file."""
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def conditions(
+    device: torch.device, backends: Sequence[str], dtype: torch.dtype, threads: int
+) -> dict[str, str | int | float]:
+    """What every number of a scan depends on beside its spec; kept in the file.
+
+    Args:
+        device: resolved.
+        backends: of every variant, resolved.
+        dtype: of the training.
+        threads: that step models.
+    """
     on_cuda = device.type == "cuda"
     return {
         "fasttrain_version": fasttrain.__version__,
@@ -68,11 +84,12 @@ def conditions(device: torch.device, backend: str, dtype: torch.dtype) -> dict[s
         "platform": platform.platform(),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if on_cuda else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "backend": backend,
+        "threads": threads,
+        "backend": ",".join(sorted(set(backends))),
+        "variant_backends": ",".join(backends),
         "precision": str(dtype).removeprefix("torch."),
         "tf32": 0,
         "generator": VERSION,
         "generator_digest": generator_digest(),
-        "bitwise_independent": int(on_cuda or keeps_models_apart()),
+        "bitwise_independent": int(on_cuda or set(backends) == {"native"} or keeps_models_apart()),
     }

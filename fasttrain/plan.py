@@ -8,6 +8,7 @@ from fasttrain.records import Problem
 from fasttrain.spec import FULL_BATCH, ScanSpec, Variant
 
 _MOST_SLOTS = {"cpu": 64, "cuda": 1024}
+_SLOTS_OF_WORKER = 4  # so that a worker that has finished with one finds the next at once
 _ROWS = 7  # parameters, gradient, two moments, temporaries and a copy while slots are refilled
 _PASS_ROWS = 128
 
@@ -65,7 +66,14 @@ class Plan:
 
 
 def make_plan(
-    problems: list[Problem], spec: ScanSpec, info: DataInfo, *, device: str, item: int, available: int
+    problems: list[Problem],
+    spec: ScanSpec,
+    info: DataInfo,
+    *,
+    device: str,
+    item: int,
+    available: int,
+    workers: int | None = None,
 ) -> Plan:
     """Slots and memory.
 
@@ -76,12 +84,14 @@ def make_plan(
         device: ``"cpu"`` or ``"cuda"``.
         item: bytes of a number, 4 or 8.
         available: bytes that may be taken.
+        workers: threads, where each trains one model at a time; None where models train together.
 
     Raises:
         UserError: a variant does not fit into memory even alone (two rows are the least that train together).
     """
     largest, culprit = max(((probe_bytes(p, spec, info, item), p) for p in problems), key=lambda pair: pair[0])
-    slots = min(_MOST_SLOTS[device], available // max(largest, 1))
+    most = _MOST_SLOTS[device] if workers is None else _SLOTS_OF_WORKER * workers
+    slots = min(most, available // max(largest, 1))
     if slots < 2:
         option, value = _culprit(culprit, spec, info)
         raise UserError(

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from fasttrain.analysis import Results, load
-from fasttrain.backends import AUTO, make_backend
+from fasttrain.backends import choose, make_backend
 from fasttrain.backends.base import Run, Setting
 from fasttrain.data import check
 from fasttrain.errors import UserError
-from fasttrain.machine import available_bytes, conditions, resolve_device
+from fasttrain.machine import available_bytes, conditions, cores, resolve_device
 from fasttrain.models import parameter_count
 from fasttrain.plan import bucket, default_n_max, make_plan
 from fasttrain.records import Estimate, Probe, ProbeResult, Problem
@@ -105,10 +105,11 @@ class _Prepared:
     problems: list[Problem]
     slots: int
     memory_bytes: int
-    backend: str
+    backends: tuple[str, ...]  # of every variant
+    workers: int
 
     def make_backend(self, setting: Setting, variant: Variant) -> Any:
-        return make_backend(self.backend, setting, variant)
+        return make_backend(choose(setting.spec.backend, setting, variant), setting, variant)
 
 
 def scan(
@@ -138,7 +139,7 @@ def scan(
     prepared = _prepare(spec)
     store = MemoryStore() if out is None else HDF5Store(out, overwrite)
     with _numerics(prepared):
-        stated = conditions(prepared.setting.device, prepared.backend, prepared.setting.dtype)
+        stated = conditions(prepared.setting.device, prepared.backends, prepared.setting.dtype, prepared.workers)
     if not stated["bitwise_independent"]:
         warnings.warn(
             "this BLAS gives a model other bits in other company: results are right, but not bitwise independent of "
@@ -169,7 +170,7 @@ def preview(spec: ScanSpec) -> Preview:
         seconds_likely=seconds * min(_LIKELY_PROBES, spec.max_probes) * _LIKELY_SHARE,
         slots=prepared.slots,
         device=str(prepared.setting.device),
-        backend=prepared.backend,
+        backend=",".join(sorted(set(prepared.backends))),
         precision=str(prepared.setting.dtype).removeprefix("torch."),
     )
 
@@ -186,15 +187,24 @@ def _prepare(spec: ScanSpec) -> _Prepared:
         if n_min >= n_max:
             raise UserError("n_min", n_min, f"expected less than n-max, which is {n_max} here")
         problems.append(Problem(index, variant, params, n_min, n_max))
-    plan = make_plan(problems, spec, info, device=device.type, item=dtype.itemsize, available=available_bytes(device))
     setting = Setting(spec, info.features, device, dtype)
-    backend = AUTO if spec.backend == "auto" else spec.backend
-    return _Prepared(setting, problems, plan.slots, plan.memory_bytes, backend)
+    backends = tuple(choose(spec.backend, setting, problem.variant) for problem in problems)
+    workers = cores() if "native" in backends else 1
+    plan = make_plan(
+        problems,
+        spec,
+        info,
+        device=device.type,
+        item=dtype.itemsize,
+        available=available_bytes(device),
+        workers=workers if set(backends) == {"native"} else None,
+    )
+    return _Prepared(setting, problems, plan.slots, plan.memory_bytes, backends, workers)
 
 
 @contextlib.contextmanager
 def _numerics(prepared: _Prepared) -> Iterator[None]:
-    """Full float32 products (no TF32, no bfloat16), and on a CPU one thread; restored afterwards.
+    """Full float32 products (no TF32, no bfloat16), and on a CPU one thread inside of torch; restored afterwards.
 
     One, because threads cost more than they give at these sizes: the default scan made 1.1 to 2.2 thousand model-steps
     a second with two passive threads and 3 to 6 thousand with one, and two spinning threads stall on a busy machine
@@ -221,7 +231,8 @@ def _step_seconds(prepared: _Prepared, problem: Problem) -> float:
     backend.run(state, steps // 2)
     begin = time.perf_counter()
     report = backend.run(state, state.clock + steps)
-    return (time.perf_counter() - begin) / max(1, report.model_steps)
+    used = prepared.workers if backend.most_together else 1
+    return (time.perf_counter() - begin) / max(1, report.model_steps) / used
 
 
 @dataclass(slots=True)
@@ -296,7 +307,10 @@ class _Scan:
             tolerance=spec.tolerance,
             max_probes=spec.max_probes,
         )
-        self.trainer = Trainer(self.prepared.setting, problems, self.prepared.make_backend, self.prepared.slots)
+        prepared = self.prepared
+        self.trainer = Trainer(
+            prepared.setting, problems, prepared.make_backend, prepared.slots, workers=prepared.workers
+        )
         status = "interrupted"
         try:
             while not self.search.done:
@@ -306,6 +320,7 @@ class _Scan:
             status = "complete"
         finally:
             with self.interrupts.deferred():
+                self.trainer.close()
                 self._commit()
                 self.store.finish(status, self._summary())
                 self.store.close()

@@ -31,8 +31,9 @@ TIMING_ATTRIBUTES = (
     "steps_per_second",
     "step_seconds",
     "search_seconds",
+    "occupancy",
 )
-"""Root attributes that differ between two runs of one scan: the clock, and the speeds of a scan's summary."""
+"""Root attributes that differ between two runs of one scan: the clock, and the speeds and load of a summary."""
 
 Attribute = str | int | float
 

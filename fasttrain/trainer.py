@@ -1,5 +1,6 @@
 """Slots: probes of several shapes side by side; whoever ends leaves at once and the next one takes its place."""
 
+import concurrent.futures
 import dataclasses
 import time
 from collections import deque
@@ -7,12 +8,37 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fasttrain.backends.base import Backend, Run, Setting
+from fasttrain.backends.base import Backend, Report, Run, Setting
 from fasttrain.plan import bucket
 from fasttrain.records import Probe, ProbeResult, Problem
 from fasttrain.spec import Variant
 
 MakeBackend = Callable[[Setting, Variant], Backend[Any]]
+
+_TURN_SECONDS = 0.02  # a worker's turn with one model, long beside what handing it over costs
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Runs that one call of a backend steps together.
+
+    Attributes:
+        key: their bucket.
+        backend: of the bucket.
+        state: holds the runs.
+        checks: checks that a worker makes before it gives the group back.
+    """
+
+    key: Variant
+    backend: Backend[Any]
+    state: Any
+    checks: int = 1
+
+    def turn(self, check_every: int) -> tuple[Report, float]:
+        """Steps until some run ends or the turn is over; what was done, and the seconds."""
+        begin = time.perf_counter()
+        report = self.backend.run(self.state, self.state.clock + self.checks * check_every)
+        return report, time.perf_counter() - begin
 
 
 @dataclass(slots=True)
@@ -43,9 +69,17 @@ class Trainer:
         problems: the variants, by index.
         make_backend: builds the backend of a bucket, given a variant of it.
         slots: probes that train at once.
+        workers: threads for the backends that may use several.
     """
 
-    def __init__(self, setting: Setting, problems: Sequence[Problem], make_backend: MakeBackend, slots: int) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        problems: Sequence[Problem],
+        make_backend: MakeBackend,
+        slots: int,
+        workers: int = 1,
+    ) -> None:
         self.load = Load()
         self.slots = slots
         self._setting = setting
@@ -53,8 +87,9 @@ class Trainer:
         self._make_backend = make_backend
         self._waiting: deque[Probe] = deque()
         self._backends: dict[Variant, Backend[Any]] = {}
-        self._states: dict[Variant, Any] = {}
-        self._turn: deque[Variant] = deque()
+        self._turn: deque[_Group] = deque()
+        self._pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="fasttrain")
+        self._working: dict[concurrent.futures.Future[tuple[Report, float]], _Group] = {}
         self._origin = time.perf_counter()
         self._started: dict[Probe, float] = {}
         self._seconds: dict[Probe, float] = {}
@@ -66,44 +101,62 @@ class Trainer:
     @property
     def running(self) -> int:
         """Probes in slots."""
-        return sum(len(state.runs) for state in self._states.values())
+        return sum(len(group.state.runs) for group in (*self._turn, *self._working.values()))
 
     @property
     def idle(self) -> bool:
         """Whether nothing runs and nothing waits."""
-        return not self._states and not self._waiting
+        return not self._turn and not self._working and not self._waiting
 
     def advance(self) -> list[ProbeResult]:
-        """Steps the next shape to its next check (at most); the results of the probes that ended there."""
+        """Steps the next group to its next check (at most), or waits for a worker; the results that this brought."""
         self._refill()
-        if not self._turn:
-            return []
-        key = self._turn[0]
-        self._turn.rotate(-1)
-        backend, state = self._backends[key], self._states[key]
-        running, before = self.running, state.clock
-        begin = time.perf_counter()
-        report = backend.run(state, before + self._setting.spec.check_every)
-        took = time.perf_counter() - begin
+        results: list[ProbeResult] = []
+        if self._turn:
+            group = self._turn.popleft()
+            results += self._settle(group, *group.turn(self._setting.spec.check_every))
+            wait = 0.0
+        else:
+            wait = None
+        if self._working:
+            done, _ = concurrent.futures.wait(self._working, wait, concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                group = self._working.pop(future)
+                report, took = future.result()
+                if took < _TURN_SECONDS:
+                    group.checks *= 2
+                results += self._settle(group, report, took)
+        return results
+
+    def _settle(self, group: _Group, report: Report, took: float) -> list[ProbeResult]:
+        """Books what a group's turn did, and lets it go on with the runs that it has left."""
+        runs = group.state.runs
+        running = self.running + len(runs)
         self.load.step_seconds += took
         self.load.model_steps += report.model_steps
-        # All shapes share the slots: while this one steps, its share of the idle slots idles too.
-        width = self.slots * len(state.runs) / running
-        self.load.slot_steps += (state.clock - before) * width
-        for run in state.runs:
-            self._seconds[run.probe] += took / len(state.runs)
+        # All groups share the slots: while this one steps, its share of the idle slots idles too.
+        self.load.slot_steps += report.model_steps * self.slots / running
+        for run in runs:
+            self._seconds[run.probe] += took / len(runs)
         results = [self._timed(result) for _, result in report.ended]
         if report.ended:
             gone = {position for position, _ in report.ended}
-            self._keep(key, [i for i in range(len(state.runs)) if i not in gone])
+            keep = [i for i in range(len(runs)) if i not in gone]
+            if not keep:
+                return results
+            group.state = group.backend.select(group.state, keep)
+        self._dispatch(group)
         return results
 
-    def _keep(self, key: Variant, keep: list[int]) -> None:
-        if keep:
-            self._states[key] = self._backends[key].select(self._states[key], keep)
+    def _dispatch(self, group: _Group) -> None:
+        if group.backend.most_together is None:
+            self._turn.append(group)
         else:
-            del self._states[key]
-            self._turn.remove(key)
+            self._working[self._pool.submit(group.turn, self._setting.spec.check_every)] = group
+
+    def close(self) -> None:
+        """Ends the workers, each after its turn; what they ran is dropped."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _refill(self) -> None:
         """Gives free slots to waiting probes, first come first served, all probes of a shape in one insertion."""
@@ -119,11 +172,14 @@ class Trainer:
             if key not in self._backends:
                 self._backends[key] = self._make_backend(self._setting, key)
             backend = self._backends[key]
-            if key in self._states:
-                self._states[key] = backend.insert(self._states[key], runs)
+            most = backend.most_together
+            if most is not None:
+                for start in range(0, len(runs), most):
+                    self._dispatch(_Group(key, backend, backend.init(runs[start : start + most])))
+            elif group := next((group for group in self._turn if group.key == key), None):
+                group.state = backend.insert(group.state, runs)
             else:
-                self._states[key] = backend.init(runs)
-                self._turn.append(key)
+                self._dispatch(_Group(key, backend, backend.init(runs)))
 
     def _timed(self, result: ProbeResult) -> ProbeResult:
         probe = result.probe

@@ -10,7 +10,7 @@ import torch
 
 import fasttrain
 from fasttrain import ScanSpec, spec
-from fasttrain.backends import AUTO, make_backend
+from fasttrain.backends import choose, make_backend
 from fasttrain.backends.base import Setting
 from fasttrain.optim import OPTIMIZERS
 
@@ -167,7 +167,7 @@ def test_every_backend_of_the_spec_can_be_built(name: str) -> None:
     one = ScanSpec()
     (variant, *_) = one.variants(10)
     setting = Setting(one, 64, torch.device("cpu"), torch.float32)
-    chosen = AUTO if name == "auto" else name
+    chosen = choose(name, setting, variant)
     assert chosen != "auto"
     backend = make_backend(chosen, setting, variant)
     assert backend.name == chosen

@@ -82,7 +82,7 @@ def test_the_check_draws_nothing_from_the_global_generator() -> None:
 
 
 def test_conditions_name_all_that_the_numbers_depend_on() -> None:
-    found = conditions(CPU, "vmap", torch.float64)
+    found = conditions(CPU, ["vmap", "native", "vmap"], torch.float64, 3)
     assert set(found) == {
         "fasttrain_version",
         "torch_version",
@@ -95,6 +95,7 @@ def test_conditions_name_all_that_the_numbers_depend_on() -> None:
         "device_name",
         "threads",
         "backend",
+        "variant_backends",
         "precision",
         "tf32",
         "generator",
@@ -107,8 +108,9 @@ def test_conditions_name_all_that_the_numbers_depend_on() -> None:
         "numpy_version": np.__version__,
         "python_version": platform.python_version(),
         "device": "cpu",
-        "threads": torch.get_num_threads(),
-        "backend": "vmap",
+        "threads": 3,
+        "backend": "native,vmap",
+        "variant_backends": "vmap,native,vmap",
         "precision": "float64",
         "tf32": 0,
         "generator": VERSION,
@@ -117,9 +119,9 @@ def test_conditions_name_all_that_the_numbers_depend_on() -> None:
     }
     assert {name: found[name] for name in expected} == expected
     assert {name for name, value in found.items() if not value} == {"tf32"}
-    assert conditions(CPU, "loop", torch.float32)["precision"] == "float32"
+    assert conditions(CPU, ["loop"], torch.float32, 1)["precision"] == "float32"
 
 
 def test_conditions_are_plain_values() -> None:
     """They become attributes of the file and JSON."""
-    assert {type(value) for value in conditions(CPU, "loop", torch.float32).values()} <= {str, int, float}
+    assert {type(value) for value in conditions(CPU, ["loop"], torch.float32, 1).values()} <= {str, int, float}

@@ -1,3 +1,5 @@
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +33,7 @@ class FakeBackend:
     """A run fits at the check number ``lasts(probe)``; it steps and checks as backends must."""
 
     name = "fake"
+    most_together = None
 
     def __init__(self, variant: Variant, log: Log) -> None:
         self.variant = variant
@@ -275,3 +278,79 @@ def test_a_probe_inserted_mid_run_has_its_own_checks() -> None:
     assert results[10].history.step.tolist() == [10, 20, 30, 35]
     assert results[12].history.step.tolist() == [10, 20, 30, 35]
     assert results[12].outcome is Outcome.OUT_OF_BUDGET
+
+
+@dataclass(slots=True)
+class Threads:
+    """Which threads stepped, and how many at once at most."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    names: set[str] = field(default_factory=set)
+    now: int = 0
+    most: int = 0
+
+
+class SlowBackend(FakeBackend):
+    """One run a state; sleeps as a kernel does that has let go of the interpreter's lock."""
+
+    most_together = 1
+
+    def __init__(self, variant: Variant, log: Log, threads: Threads) -> None:
+        super().__init__(variant, log)
+        self.threads = threads
+
+    def run(self, state: FakeState, until_step: int) -> Report:
+        threads = self.threads
+        with threads.lock:
+            threads.names.add(threading.current_thread().name)
+            threads.now += 1
+            threads.most = max(threads.most, threads.now)
+        time.sleep(0.002)
+        assert len(state.runs) == 1
+        report = super().run(state, until_step)
+        with threads.lock:
+            threads.now -= 1
+        return report
+
+
+def slow(workers: int, slots: int = 8) -> tuple[Trainer, Threads]:
+    trainer, log = setup(slots, widths=(4, 8, 16))
+    threads = Threads()
+    make = lambda _, variant: SlowBackend(variant, log, threads)  # noqa: E731
+    return Trainer(trainer._setting, trainer._problems, make, slots, workers), threads
+
+
+def test_workers_run_states_of_their_own_at_once_and_give_the_same_results() -> None:
+    found = []
+    for workers in (1, 2, 3):
+        trainer, threads = slow(workers)
+        trainer.submit(some_probes(40, 3))
+        results = drive(trainer)
+        trainer.close()
+        assert threads.most == workers
+        assert len(threads.names) == workers
+        found.append(sorted((r.probe.n, r.steps, r.outcome, r.train_loss) for r in results))
+        assert trainer.load.model_steps == sum(r.steps for r in results)
+    assert len(found[0]) == 40
+    assert found[0] == found[1] == found[2]
+
+
+def test_what_fails_in_a_worker_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, _ = slow(2)
+
+    def fail(*_: object) -> Report:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(SlowBackend, "run", fail)
+    trainer.submit(some_probes(3, 3))
+    with pytest.raises(MemoryError, match="no room"):
+        drive(trainer)
+    trainer.close()
+
+
+def test_close_ends_the_workers_though_probes_are_left() -> None:
+    trainer, threads = slow(2)
+    trainer.submit(some_probes(40, 3))
+    trainer.advance()
+    trainer.close()
+    assert not [thread for thread in threading.enumerate() if thread.name in threads.names]

@@ -4,16 +4,32 @@ from typing import Any
 
 from fasttrain.backends.base import Backend, Setting
 from fasttrain.backends.loop import LoopBackend
-from fasttrain.backends.native import NativeBackend
+from fasttrain.backends.native import NativeBackend, unavailable
 from fasttrain.backends.vmap import VmapBackend
+from fasttrain.errors import UserError
 from fasttrain.spec import Variant
 
-AUTO = "vmap"
-"""What ``--backend auto`` takes."""
+
+def choose(name: str, setting: Setting, variant: Variant) -> str:
+    """The backend that trains a variant: the named one, or for ``auto`` by rule.
+
+    ``auto`` is ``native`` on a CPU with a C compiler for all that the kernels carry, and ``vmap`` otherwise.
+
+    Raises:
+        UserError: ``native`` is asked for by name and cannot serve.
+    """
+    if name not in ("auto", NativeBackend.name):
+        return name
+    reason = unavailable(setting, variant)
+    if reason is None:
+        return NativeBackend.name
+    if name == NativeBackend.name:
+        raise UserError("backend", name, f"{reason}; expected auto, vmap or loop here")
+    return VmapBackend.name
 
 
 def make_backend(name: str, setting: Setting, variant: Variant) -> Backend[Any]:
-    """The backend of a bucket, given a variant of it; ``name`` is ``"loop"``, ``"vmap"`` or ``"native"``."""
+    """The backend of a bucket, given a variant of it; ``name`` as ``choose`` gave it."""
     if name == LoopBackend.name:
         return LoopBackend(setting)
     if name == NativeBackend.name:

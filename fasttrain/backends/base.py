@@ -136,9 +136,15 @@ class Backend(Protocol, Generic[S]):
 
     A run's result depends on the run alone, bit for bit: not on the others in the state, their order, or when it
     was inserted.
+
+    Attributes:
+        name: as in a spec.
+        most_together: None where company makes a step cheaper: all runs of a bucket share one state, and states take
+            turns. Otherwise the runs a state should hold at most; several threads may then run several states.
     """
 
     name: str
+    most_together: int | None
 
     def init(self, runs: Sequence[Run]) -> S:
         """A state with these runs at step 0; at least one."""

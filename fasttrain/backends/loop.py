@@ -39,6 +39,7 @@ class LoopBackend:
     """``Backend`` in plain torch."""
 
     name = "loop"
+    most_together: int | None = None
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting

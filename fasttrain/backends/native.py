@@ -40,6 +40,7 @@ class NativeBackend:
     """
 
     name = "native"
+    most_together: int | None = 1
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
@@ -47,11 +48,6 @@ class NativeBackend:
         self._library = native.library(self._dtype.name)
         self._scratch = threading.local()
         self._shared: tuple[np.ndarray, np.ndarray] | None = None
-
-    @staticmethod
-    def carries(variant: Variant) -> bool:
-        """Whether the kernels have what a variant asks for."""
-        return _activation(variant) in native.ACTIVATIONS and variant.optimizer in native.OPTIMIZERS
 
     def init(self, runs: Sequence[Run]) -> NativeState:
         """See ``Backend``."""
@@ -150,6 +146,21 @@ class NativeBackend:
         if getattr(self._scratch, "size", 0) < size:
             self._scratch.array, self._scratch.size = native.zeros(size, self._dtype), size
         return self._scratch.array.ctypes.data
+
+
+def unavailable(setting: Setting, variant: Variant) -> str | None:
+    """Why this backend cannot train a variant here, or None if it can."""
+    if setting.device.type != "cpu":
+        return "it runs on a CPU only"
+    if _activation(variant) not in native.ACTIVATIONS:
+        return f"it has no activation {variant.activation}"
+    if variant.optimizer not in native.OPTIMIZERS:
+        return f"it has no optimizer {variant.optimizer}"
+    try:
+        native.library(str(setting.dtype).removeprefix("torch."))
+    except native.Unavailable as error:
+        return str(error)
+    return None
 
 
 def _activation(variant: Variant) -> str:

@@ -51,6 +51,7 @@ class VmapBackend:
     """``Backend`` with torch.func; makes one bucket's states only."""
 
     name = "vmap"
+    most_together: int | None = None
 
     def __init__(self, setting: Setting, variant: Variant) -> None:
         self._setting = setting
