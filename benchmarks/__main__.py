@@ -1,0 +1,100 @@
+"""``python -m benchmarks peers|scan|profile``."""
+
+import csv
+import datetime
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import click
+
+from benchmarks import peers, profiles, scans
+from benchmarks.work import Case
+from fasttrain.machine import cores
+
+_RESULTS = Path(__file__).parent / "results"
+_OUT = click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=_RESULTS, show_default=True)
+_QUICK = click.option("--quick", is_flag=True, help="Tiny sizes, to see that it works; no figures to quote.")
+
+
+def conditions() -> dict[str, object]:
+    """What the figures depend on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    found: dict[str, object] = {
+        "date": datetime.date.today().isoformat(),
+        "processor": names[0] if names else platform.machine(),
+        "cores": cores(),
+        "python": platform.python_version(),
+    }
+    for package in ("torch", "numpy", "jax", "scikit-learn"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    found["revision"] = git.stdout.strip()
+    return found
+
+
+@click.group()
+def main() -> None:
+    """Measures fasttrain against peers and against itself."""
+
+
+@main.command("peers")
+@_QUICK
+@_OUT
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--seconds", type=float, default=1.5, show_default=True, help="Of one contender in one repeat, about.")
+def peers_command(quick: bool, out: Path, repeats: int, seconds: float) -> None:
+    """The same work for every contender; writes peers.csv, peers.json and peers.png."""
+    rows, facts, good = peers.run(quick, repeats, seconds)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "peers.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, peers.COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    (out / "peers.json").write_text(json.dumps({**conditions(), **facts}, indent=1) + "\n", encoding="utf-8")
+    try:
+        peers.chart(rows, str(out / "peers.png"))
+    except ImportError as error:
+        click.echo(f"chart: skipped ({error})")
+    if not good:
+        sys.exit(1)
+
+
+@main.command("scan")
+@_QUICK
+@_OUT
+@click.option("--seconds", type=float, default=60.0, show_default=True, help="For the sample of the sequential script.")
+def scan_command(quick: bool, out: Path, seconds: float) -> None:
+    """A whole scan against a sequential script; writes scan.json."""
+    case = Case(64, 64, 16, optimizer="adam", models=4)
+    if not peers.work.conforms(case, "native"):
+        click.echo("conformance failed: native")
+        sys.exit(1)
+    facts = scans.run(quick, seconds)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "scan.json").write_text(json.dumps({**conditions(), **facts}, indent=1) + "\n", encoding="utf-8")
+
+
+@main.command("profile")
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--shape", default="64,64,16", show_default=True, help="Minibatch, inputs, width.")
+@click.option("--models", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=500, show_default=True)
+def profile_command(backend: str, shape: str, models: int, steps: int) -> None:
+    """Where the time of a step goes."""
+    batch, features, width = (int(part) for part in shape.split(","))
+    profiles.run(Case(batch, features, width, models=models), backend, steps)
+
+
+if __name__ == "__main__":
+    main()
