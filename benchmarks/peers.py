@@ -15,7 +15,7 @@ from fasttrain.machine import cores
 REFERENCE = [Case(128, 64, 32), Case(128, 784, 64), Case(64, 64, 16)]
 OTHERS = [Case(128, 64, 32, depth=2), Case(64, 64, 16, optimizer="adam")]
 MIXED = [Case(64, 64, width, models=8) for width in (4, 8, 16, 32, 64, 128)]
-OWN = ("auto", "native", "vmap")
+OWN = ("auto", "native", "stacked", "vmap")
 GROWTH = (16, 64, 256, 1024, 4096)
 COLUMNS = (
     "case", "contender", "model_steps_per_s", "low", "high", "repeats", "gflops", "share_of_gemm_peak",
@@ -167,6 +167,7 @@ def growth(counts: tuple[int, ...], total: int, repeats: int) -> list[dict]:
         for case in cases:
             steps = max(BLOCK, total // case.models)
             run = work.ours("auto")(case)
+            run(1)
             times[case.models].append(work.seconds(run, steps) / steps / case.models * 1e6)
     for count, found in times.items():
         rows.append({"models": count, "us": statistics.median(found), "low": min(found), "high": max(found)})
@@ -188,7 +189,7 @@ def run(quick: bool, repeats: int, budget: float) -> tuple[list[dict], dict, boo
     rows: list[dict] = []
     good = True
     for case in reference + others:
-        found = measure(case, OWN, repeats, budget, case in reference and not quick, peak)
+        found = measure(case, OWN, repeats, budget, case == REFERENCE[0], peak)
         good &= table(found)
         rows += found
     if mixed:

@@ -1,5 +1,6 @@
 """The work that all contenders do, the contenders, and the check that they do it."""
 
+import concurrent.futures
 import itertools
 import time
 from collections.abc import Callable
@@ -15,10 +16,9 @@ from fasttrain.machine import cores
 from fasttrain.models import MLP
 from fasttrain.records import Probe, Problem
 from fasttrain.spec import ScanSpec
-from fasttrain.trainer import Trainer
 
 SAMPLES = 512
-BLOCK = 100  # steps whose minibatches are drawn before the clock starts, and used again
+BLOCK = 20  # steps whose minibatches are drawn before the clock starts, and used again
 
 
 @dataclass(frozen=True)
@@ -84,22 +84,20 @@ Steps = Callable[[int], object]
 
 
 def ours(name: str) -> Callable[[Case], Steps]:
-    """A backend under the trainer, as a scan drives it: set-up and one evaluation a model are inside the clock."""
+    """A backend as the trainer drives it: one state a model and a worker a core for ``native``, else one state of all."""
 
     def make(case: Case) -> Steps:
+        setting = case.setting(torch.float32, 10**9)
+        (variant,) = setting.spec.variants(10)
+        backend = make_backend(choose(name, setting, variant), setting, variant)
+        runs = case.runs(setting, case.models)
+        each = backend.most_together or case.models
+        states = [backend.init(runs[i : i + each]) for i in range(0, case.models, each)]
+        pool = concurrent.futures.ThreadPoolExecutor(cores() if backend.most_together else 1)
+
         def run(steps: int) -> None:
             torch.set_num_threads(1)  # as a scan does
-            setting = case.setting(torch.float32, steps)
-            (variant,) = setting.spec.variants(10)
-            chosen = choose(name, setting, variant)
-            problem = Problem(0, variant, 1, 1, SAMPLES)
-            workers = cores() if chosen == "native" else 1
-            slots = 4 * workers if chosen == "native" else 64
-            trainer = Trainer(setting, [problem], lambda s, v: make_backend(chosen, s, v), slots, workers)
-            trainer.submit([Probe(0, SAMPLES, seed) for seed in range(case.models)])
-            while not trainer.idle:
-                trainer.advance()
-            trainer.close()
+            list(pool.map(lambda state: backend.run(state, state.clock + steps), states))
             torch.set_num_threads(cores())
 
         return run
@@ -151,7 +149,7 @@ class TorchVmap:
         """So many steps of all models."""
         with torch.no_grad():
             for _ in range(steps):
-                t = torch.tensor(float(self.done + 1)) if self.adam else None
+                t = self.done + 1.0 if self.adam else None
                 self.step(self.params, *self.moments, self.x, self.y, self.batches[self.done % BLOCK], t)
                 self.done += 1
 
@@ -184,7 +182,7 @@ class Jax:
             return -jnp.take_along_axis(z, y[:, None], 1).mean()
 
         def one(state, inputs):
-            batch, t = inputs
+            batch, mean_part, square_part = inputs
             params, first, second = state
             grads = jax.vmap(jax.grad(loss))(params, self.x[row, batch], self.y[row, batch])
             if case.optimizer == "sgd":
@@ -193,21 +191,23 @@ class Jax:
             else:
                 first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, grads)
                 second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, second, grads)
-                rate = 0.01 / (1 - 0.9**t)
+                rate = 0.01 / mean_part
                 params = jax.tree.map(
-                    lambda p, m, v: p - rate * m / (jnp.sqrt(v / (1 - 0.999**t)) + 1e-8), params, first, second
+                    lambda p, m, v: p - rate * m / (jnp.sqrt(v / square_part) + 1e-8), params, first, second
                 )
             return [params, first, second], None
 
-        self.block = jax.jit(lambda state, batches, ts: jax.lax.scan(one, state, (batches, ts))[0])
+        self.block = jax.jit(lambda state, *inputs: jax.lax.scan(one, state, inputs)[0])
         self.ready = jax.block_until_ready
-        self.numbers = jnp.arange(BLOCK, dtype=jnp.float32) + 1
 
     def __call__(self, steps: int) -> None:
         """So many steps of all models."""
         assert steps % BLOCK == 0
         for _ in range(steps // BLOCK):
-            self.state = self.block(self.state, self.batches, self.numbers + self.done)
+            # In float64 on the host: 1 - 0.999^t loses half of float32's digits.
+            t = self.done + 1.0 + np.arange(BLOCK)
+            parts = [(1 - beta**t).astype(np.float32) for beta in (0.9, 0.999)]
+            self.state = self.block(self.state, self.batches, *parts)
             self.done += BLOCK
         self.ready(self.state)
 

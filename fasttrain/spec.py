@@ -19,7 +19,7 @@ from fasttrain.errors import UserError
 ARCHITECTURES = ("mlp",)
 OPTIMIZERS = ("sgd", "adam")
 LABELS = ("random", "true")
-BACKENDS = ("auto", "loop", "vmap", "native")
+BACKENDS = ("auto", "loop", "vmap", "stacked", "native")
 PRECISIONS = ("auto", "float32", "float64")
 FULL_BATCH = 0
 """The ``batch_size`` of full-batch training; written ``full`` in a spec and on the command line."""

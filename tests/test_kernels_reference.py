@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fasttrain.activations import ACTIVATIONS
+from fasttrain.kernels import reference
 from fasttrain.kernels.reference import cross_entropy, strictly_right
 
 INF, NAN = torch.inf, torch.nan
@@ -123,3 +125,50 @@ def test_under_vmap_both_are_the_same() -> None:
     models, onehots = logits.view(4, 10, 5), onehot.view(4, 10, 5)
     assert torch.equal(torch.func.vmap(cross_entropy)(models, onehots), cross_entropy(models, onehots))
     assert torch.equal(torch.func.vmap(strictly_right)(models, onehots), strictly_right(models, onehots))
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+# A handful of roundings of a number of size one; the derivatives themselves are of that size.
+ROUNDING = 32 * 2.0**-52
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_and_derivatives_are_torchs(name: str) -> None:
+    z = torch.cat([torch.linspace(-9, 9, 400, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+    z.requires_grad_()
+    expected = getattr(torch.nn, ACTIVATIONS[name].module)()(z)
+    (slope,) = torch.autograd.grad(expected.sum(), z)
+    found, found_slope = reference.activate(name, z.detach())
+    assert relative(found, expected.detach()) <= ROUNDING
+    assert relative(found_slope, slope) <= ROUNDING
+
+
+def test_every_activation_has_a_derivative_here() -> None:
+    assert set(reference.ACTIVATIONS) == set(ACTIVATIONS)
+
+
+def test_head_and_linear_gradients_are_autograds() -> None:
+    rng = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    x, w, b = draw(3, 7, 5), draw(3, 4, 5).requires_grad_(), draw(3, 4).requires_grad_()
+    x.requires_grad_()
+    onehot = torch.eye(4, dtype=torch.float64)[torch.randint(4, (3, 7), generator=rng)]
+    weight = torch.rand(3, 7, generator=rng, dtype=torch.float64)
+    logits = reference.linear(x, w, b)
+    torch.testing.assert_close(logits, torch.einsum("ebi,eoi->ebo", x, w) + b[:, None], rtol=0, atol=ROUNDING * 16)
+    loss = (reference.cross_entropy(logits, onehot) * weight).sum(-1)
+    expected = torch.autograd.grad(loss.sum(), (w, b, x))
+    with torch.no_grad():
+        losses, delta = reference.head(logits, onehot, weight)
+        grads = torch.empty_like(w), torch.empty_like(b)
+        reference.linear_gradient(delta, x, *grads)
+    assert relative(losses, loss.detach()) <= ROUNDING
+    assert relative(grads[0], expected[0]) <= ROUNDING
+    assert relative(grads[1], expected[1]) <= ROUNDING
+    assert relative(torch.bmm(delta, w.detach()), expected[2]) <= ROUNDING

@@ -5,6 +5,7 @@ from typing import Any
 from fasttrain.backends.base import Backend, Setting
 from fasttrain.backends.loop import LoopBackend
 from fasttrain.backends.native import NativeBackend, unavailable
+from fasttrain.backends.stacked import StackedBackend, carries
 from fasttrain.backends.vmap import VmapBackend
 from fasttrain.errors import UserError
 from fasttrain.spec import Variant
@@ -13,7 +14,8 @@ from fasttrain.spec import Variant
 def choose(name: str, setting: Setting, variant: Variant) -> str:
     """The backend that trains a variant: the named one, or for ``auto`` by rule.
 
-    ``auto`` is ``native`` on a CPU with a C compiler for all that the kernels carry, and ``vmap`` otherwise.
+    ``auto`` on a CPU is ``native`` where there is a C compiler and the kernels carry the variant (faster at every shape
+    tried), else ``stacked`` where the activation has its derivative there. On other devices it is ``vmap``.
 
     Raises:
         UserError: ``native`` is asked for by name and cannot serve.
@@ -24,8 +26,8 @@ def choose(name: str, setting: Setting, variant: Variant) -> str:
     if reason is None:
         return NativeBackend.name
     if name == NativeBackend.name:
-        raise UserError("backend", name, f"{reason}; expected auto, vmap or loop here")
-    return VmapBackend.name
+        raise UserError("backend", name, f"{reason}; expected auto, stacked, vmap or loop here")
+    return StackedBackend.name if setting.device.type == "cpu" and carries(variant) else VmapBackend.name
 
 
 def make_backend(name: str, setting: Setting, variant: Variant) -> Backend[Any]:
@@ -34,5 +36,7 @@ def make_backend(name: str, setting: Setting, variant: Variant) -> Backend[Any]:
         return LoopBackend(setting)
     if name == NativeBackend.name:
         return NativeBackend(setting)
+    if name == StackedBackend.name:
+        return StackedBackend(setting, variant)
     assert name == VmapBackend.name, name
     return VmapBackend(setting, variant)

@@ -8,7 +8,7 @@ from fasttrain.backends.base import Run, Setting
 from fasttrain.records import Probe, Problem
 from fasttrain.spec import ScanSpec
 
-BATCHED = ("vmap", "native")
+BATCHED = ("vmap", "stacked", "native")
 """The backends that are held to the oracle."""
 
 
