@@ -57,6 +57,7 @@ def run(quick: bool, budget: float) -> dict:
     click.echo(
         f"scan: {wall:.2f} s, {attrs['model_steps']:,} model-steps, {attrs['steps_per_second']:,.0f}/s, "
         f"{len(results.probes)} probes, backend {attrs['backend']}, occupancy {attrs['occupancy']:.0%} to the end, "
+        f"workers busy {attrs['step_seconds'] / attrs['seconds'] / attrs['threads']:.0%}, "
         f"search {attrs['search_seconds'] / attrs['seconds']:.1%} of the time"
     )
     torch.set_num_threads(1)
@@ -91,5 +92,6 @@ def run(quick: bool, budget: float) -> dict:
         "agree": agree,
         "sampled": count,
         "occupancy": float(attrs["occupancy"]),
+        "workers_busy": float(attrs["step_seconds"] / attrs["seconds"] / attrs["threads"]),
         "growth": grown,
     }

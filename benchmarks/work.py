@@ -84,7 +84,7 @@ Steps = Callable[[int], object]
 
 
 def ours(name: str) -> Callable[[Case], Steps]:
-    """A backend as the trainer drives it: one state a model and a worker a core for ``native``, else one state of all."""
+    """A backend as the trainer drives it: a state a model and a worker a core for ``native``, else one state of all."""
 
     def make(case: Case) -> Steps:
         setting = case.setting(torch.float32, 10**9)
