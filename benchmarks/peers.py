@@ -233,7 +233,7 @@ def chart(rows: list[dict], path: str) -> None:
 
     cases = list(dict.fromkeys(row["case"] for row in rows if not row["case"].endswith("E=8")))
     names = list(dict.fromkeys(row["contender"] for row in rows))
-    colours = ["#000000", "#999999", "#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#0072B2", "#D55E00"]
+    colours = ["#000000", "#999999", "#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#0072B2", "#D55E00", "#F0E442"]
     figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
     for k, name in enumerate(names):
         found = {row["case"]: row for row in rows if row["contender"] == name}
@@ -242,7 +242,7 @@ def chart(rows: list[dict], path: str) -> None:
         spread = [[r - found[cases[i]]["low"] for r, i in zip(rate, here, strict=True)],
                   [found[cases[i]]["high"] - r for r, i in zip(rate, here, strict=True)]]  # fmt: skip
         place = [i + (k - len(names) / 2 + 0.5) * 0.85 / len(names) for i in here]
-        axes.bar(place, rate, 0.85 / len(names), yerr=spread, color=colours[k % 8], label=name)
+        axes.bar(place, rate, 0.85 / len(names), yerr=spread, color=colours[k % len(colours)], label=name)
     axes.set_yscale("log")
     axes.set_ylabel("model-steps per second")
     axes.set_xticks(range(len(cases)), [case.replace(" sgd", "").replace(" E=64", "") for case in cases])
