@@ -56,7 +56,7 @@ def _relu(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _leaky_relu(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    slope = torch.where(z > 0, 1.0, 0.01).to(z.dtype)
+    slope = torch.full_like(z, 0.01).masked_fill_(z > 0, 1.0)
     return z * slope, slope
 
 
