@@ -221,6 +221,7 @@ def scikit_learn(case: Case) -> Steps:
     import warnings
 
     from joblib import Parallel, delayed
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPClassifier
 
     data = Stacked(case, case.models)
@@ -228,7 +229,8 @@ def scikit_learn(case: Case) -> Steps:
 
     def fit(x, y, epochs):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            # It is to run a given number of epochs, and says each time that it has not converged.
+            warnings.simplefilter("ignore", ConvergenceWarning)
             MLPClassifier(
                 [case.width] * case.depth, solver=case.optimizer, momentum=0.9, nesterovs_momentum=False, alpha=0.0,
                 batch_size=case.batch, learning_rate_init=0.01, max_iter=epochs, tol=0.0, n_iter_no_change=10**9,
@@ -240,10 +242,6 @@ def scikit_learn(case: Case) -> Steps:
         pool(delayed(fit)(x, y, max(1, steps // per_epoch)) for x, y in zip(data.x, data.y, strict=True))
 
     return run
-
-
-def _oracle(case: Case, dtype: torch.dtype, steps: int, models: int, nudge: float = 0.0) -> np.ndarray:
-    return _own(case, "loop", dtype, steps, models, nudge)
 
 
 def _own(case: Case, name: str, dtype: torch.dtype, steps: int, models: int, nudge: float = 0.0) -> np.ndarray:
@@ -260,16 +258,16 @@ def _own(case: Case, name: str, dtype: torch.dtype, steps: int, models: int, nud
 
 def conforms(case: Case, name: str) -> bool:
     """Whether one of our backends follows the oracle in float64, to what 4 units of rounding in the inputs do to it."""
-    truth = _oracle(case, torch.float64, 30, 3)
+    truth = _own(case, "loop", torch.float64, 30, 3)
     size = np.abs(truth).max()
-    bound = 30 * np.abs(_oracle(case, torch.float64, 30, 3, 4 * 2.0**-52) - truth).max() / size + 64 * 2.0**-52
+    bound = 30 * np.abs(_own(case, "loop", torch.float64, 30, 3, 4 * 2.0**-52) - truth).max() / size + 64 * 2.0**-52
     return bool(np.abs(_own(case, name, torch.float64, 30, 3) - truth).max() / size <= bound)
 
 
 def peer_conforms(case: Case, make: Callable[[Case, int], TorchVmap | Jax]) -> bool:
     """Whether a peer's float32 path is no further from the float64 oracle than 4 times the float32 oracle's."""
-    truth = _oracle(case, torch.float64, BLOCK, 3)
-    own = np.sqrt(((_oracle(case, torch.float32, BLOCK, 3) - truth) ** 2).mean())
+    truth = _own(case, "loop", torch.float64, BLOCK, 3)
+    own = np.sqrt(((_own(case, "loop", torch.float32, BLOCK, 3) - truth) ** 2).mean())
     peer = make(case, 3)
     peer(BLOCK)
     arrays = peer.arrays()
