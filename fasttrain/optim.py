@@ -28,10 +28,19 @@ class Optimizer(Protocol):
             float64 tensors [S, E]; ``update`` takes a row of each as [E, 1] in the dtype of the parameters.
         """
 
+    def accumulator(self, state: list[torch.Tensor], row: list[torch.Tensor]) -> torch.Tensor | None:
+        """The state array that the coming gradient is to be added to, ready for it; None if there is none.
+
+        To be called once before ``update``.
+        """
+
     def update(
         self, params: torch.Tensor, grads: torch.Tensor, state: list[torch.Tensor], row: list[torch.Tensor]
     ) -> None:
-        """Updates ``params`` and ``state`` [E, P] in place; may overwrite ``grads``."""
+        """Updates ``params`` and ``state`` [E, P] in place.
+
+        ``grads`` is the gradient, or with an ``accumulator`` any memory; it may be overwritten.
+        """
 
 
 class SGD:
@@ -43,14 +52,15 @@ class SGD:
         """Learning rate and momentum, constant over the steps."""
         return [lr.expand(step.shape), momentum.expand(step.shape)]
 
+    def accumulator(self, state: list[torch.Tensor], row: list[torch.Tensor]) -> torch.Tensor:
+        """The momentum buffer."""
+        return state[0].mul_(row[1])
+
     def update(
         self, params: torch.Tensor, grads: torch.Tensor, state: list[torch.Tensor], row: list[torch.Tensor]
     ) -> None:
         """One step."""
-        (buffer,) = state
-        lr, momentum = row
-        buffer.mul_(momentum).add_(grads)
-        params.sub_(torch.mul(buffer, lr, out=grads))
+        params.sub_(torch.mul(state[0], row[0], out=grads))
 
 
 class Adam:
@@ -66,6 +76,9 @@ class Adam:
         first = torch.tensor([1 - self.beta1**t for t in at.tolist()], dtype=torch.float64)
         second = torch.tensor([(1 - self.beta2**t) ** -0.5 for t in at.tolist()], dtype=torch.float64)
         return [lr / first[where], second[where]]
+
+    def accumulator(self, state: list[torch.Tensor], row: list[torch.Tensor]) -> None:
+        """None: the gradient's square is needed too."""
 
     def update(
         self, params: torch.Tensor, grads: torch.Tensor, state: list[torch.Tensor], row: list[torch.Tensor]

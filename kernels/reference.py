@@ -35,51 +35,54 @@ def strictly_right(logits: torch.Tensor, onehot: torch.Tensor) -> torch.Tensor:
     return own > others
 
 
-def activate(name: str, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def activate_(name: str, z: torch.Tensor, slope: torch.Tensor) -> None:
     """An activation and its derivative, elementwise; at a kink the derivative that torch's autograd takes.
 
     Args:
         name: as in ``fasttrain.activations``.
-        z: any shape.
-
-    Returns:
-        Both of the shape and dtype of z.
+        z: any shape; replaced by the activation.
+        slope: of the shape and dtype of z; the derivative is written to it.
 
     Raises:
         KeyError: the name is unknown.
     """
-    return ACTIVATIONS[name](z)
+    ACTIVATIONS[name](z, slope)
 
 
-def _relu(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.relu(z), (z > 0).to(z.dtype)
+def _relu(z: torch.Tensor, slope: torch.Tensor) -> None:
+    torch.gt(z, 0, out=slope)
+    z.relu_()
 
 
-def _leaky_relu(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    slope = torch.full_like(z, 0.01).masked_fill_(z > 0, 1.0)
-    return z * slope, slope
+def _leaky_relu(z: torch.Tensor, slope: torch.Tensor) -> None:
+    slope.fill_(0.01).masked_fill_(z > 0, 1.0)
+    z.mul_(slope)
 
 
-def _gelu(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _gelu(z: torch.Tensor, slope: torch.Tensor) -> None:
     below = torch.erf(z * 0.5**0.5).add_(1.0).mul_(0.5)
-    density = torch.exp((z * z).mul_(-0.5)).mul_((2 * torch.pi) ** -0.5)
-    return z * below, below + density.mul_(z)
+    torch.mul(z, z, out=slope).mul_(-0.5).exp_().mul_((2 * torch.pi) ** -0.5).mul_(z).add_(below)
+    z.mul_(below)
 
 
-def _silu(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _silu(z: torch.Tensor, slope: torch.Tensor) -> None:
     s = torch.sigmoid(z)
-    a = z * s
-    return a, s + a * (1 - s)
+    z.mul_(s)
+    slope.fill_(1.0).sub_(s).mul_(z).add_(s)
 
 
-def _tanh(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    a = torch.tanh(z)
-    return a, 1 - a * a
+def _tanh(z: torch.Tensor, slope: torch.Tensor) -> None:
+    z.tanh_()
+    torch.mul(z, z, out=slope).neg_().add_(1.0)
 
 
-def _sigmoid(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    a = torch.sigmoid(z)
-    return a, a * (1 - a)
+def _sigmoid(z: torch.Tensor, slope: torch.Tensor) -> None:
+    z.sigmoid_()
+    slope.fill_(1.0).sub_(z).mul_(z)
+
+
+def _identity(z: torch.Tensor, slope: torch.Tensor) -> None:
+    slope.fill_(1.0)
 
 
 ACTIVATIONS = {
@@ -89,49 +92,71 @@ ACTIVATIONS = {
     "silu": _silu,
     "tanh": _tanh,
     "sigmoid": _sigmoid,
-    "identity": lambda z: (z, torch.ones_like(z)),
+    "identity": _identity,
 }
 """The activations that have a derivative here, by name."""
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + b of each model.
 
     Args:
         x: [E, B, I].
         weight: [E, O, I].
         bias: [E, O].
+        out: [E, B, O], written if given.
 
     Returns:
         [E, B, O].
     """
-    return torch.baddbmm(bias[:, None, :], x, weight.mT)
+    return torch.baddbmm(bias[:, None, :], x, weight.mT, out=out)
+
+
+def logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """As ``linear``, transposed: softmax over few classes is fast where the samples lie side by side.
+
+    Args:
+        x: [E, B, I].
+        weight: [E, C, I].
+        bias: [E, C].
+        out: [E, C, B], written if given.
+
+    Returns:
+        [E, C, B].
+    """
+    return torch.baddbmm(bias[:, :, None], weight, x.mT, out=out)
 
 
 def head(logits: torch.Tensor, onehot: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted cross-entropy of each model and its gradient with respect to the logits.
 
     Args:
-        logits: [E, B, C].
-        onehot: [E, B, C], 1 at the label and 0 elsewhere.
+        logits: [E, C, B].
+        onehot: [E, C, B], 1 at the label and 0 elsewhere.
         weight: [E, B], of each sample in its model's loss.
 
     Returns:
-        The losses [E] in nats, and (softmax - onehot) weight [E, B, C].
+        The losses [E] in nats, and (softmax - onehot) weight [E, C, B].
     """
-    log_p = torch.log_softmax(logits, -1)
-    losses = -((log_p * onehot).sum(-1) * weight).sum(-1)
-    return losses, torch.exp_(log_p).sub_(onehot).mul_(weight[:, :, None])
+    log_p = torch.log_softmax(logits, 1)
+    losses = -((log_p * onehot).sum(1) * weight).sum(-1)
+    return losses, log_p.exp_().sub_(onehot).mul_(weight[:, None, :])
 
 
-def linear_gradient(delta: torch.Tensor, x: torch.Tensor, weight_grad: torch.Tensor, bias_grad: torch.Tensor) -> None:
-    """The gradients of ``linear`` with respect to W and b, into what is given.
+def linear_gradient(
+    delta: torch.Tensor, x: torch.Tensor, weight_grad: torch.Tensor, bias_grad: torch.Tensor, add: bool = False
+) -> None:
+    """The gradients of ``linear`` with respect to W and b, into what is given or added to it.
 
     Args:
-        delta: [E, B, O], the gradient with respect to the output.
+        delta: [E, O, B], the gradient with respect to the output, transposed.
         x: [E, B, I].
         weight_grad: [E, O, I], written.
         bias_grad: [E, O], written.
+        add: add to what is there, for instance a momentum buffer.
     """
-    torch.bmm(delta.mT, x, out=weight_grad)
-    torch.sum(delta, 1, out=bias_grad)
+    torch.baddbmm(weight_grad, delta, x, beta=int(add), out=weight_grad)
+    if add:
+        bias_grad.add_(delta.sum(2))
+    else:
+        torch.sum(delta, 2, out=bias_grad)

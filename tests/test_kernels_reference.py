@@ -141,7 +141,9 @@ def test_activations_and_derivatives_are_torchs(name: str) -> None:
     z.requires_grad_()
     expected = getattr(torch.nn, ACTIVATIONS[name].module)()(z)
     (slope,) = torch.autograd.grad(expected.sum(), z)
-    found, found_slope = reference.activate(name, z.detach())
+    found = z.detach().clone()
+    found_slope = torch.full_like(found, torch.nan)
+    reference.activate_(name, found, found_slope)
     assert relative(found, expected.detach()) <= ROUNDING
     assert relative(found_slope, slope) <= ROUNDING
 
@@ -160,15 +162,21 @@ def test_head_and_linear_gradients_are_autograds() -> None:
     x.requires_grad_()
     onehot = torch.eye(4, dtype=torch.float64)[torch.randint(4, (3, 7), generator=rng)]
     weight = torch.rand(3, 7, generator=rng, dtype=torch.float64)
-    logits = reference.linear(x, w, b)
-    torch.testing.assert_close(logits, torch.einsum("ebi,eoi->ebo", x, w) + b[:, None], rtol=0, atol=ROUNDING * 16)
-    loss = (reference.cross_entropy(logits, onehot) * weight).sum(-1)
+    out = reference.linear(x, w, b)
+    torch.testing.assert_close(out, torch.einsum("ebi,eoi->ebo", x, w) + b[:, None], rtol=0, atol=ROUNDING * 16)
+    assert relative(reference.logits(x, w, b).detach(), out.detach().mT) <= ROUNDING
+    loss = (reference.cross_entropy(out, onehot) * weight).sum(-1)
     expected = torch.autograd.grad(loss.sum(), (w, b, x))
     with torch.no_grad():
-        losses, delta = reference.head(logits, onehot, weight)
-        grads = torch.empty_like(w), torch.empty_like(b)
+        losses, delta = reference.head(out.mT, onehot.mT, weight)
+        grads = torch.full_like(w, NAN), torch.full_like(b, NAN)
         reference.linear_gradient(delta, x, *grads)
     assert relative(losses, loss.detach()) <= ROUNDING
     assert relative(grads[0], expected[0]) <= ROUNDING
     assert relative(grads[1], expected[1]) <= ROUNDING
-    assert relative(torch.bmm(delta, w.detach()), expected[2]) <= ROUNDING
+    assert relative(torch.bmm(delta.mT, w.detach()), expected[2]) <= ROUNDING
+    held = draw(3, 4, 5), draw(3, 4)
+    added = held[0].clone(), held[1].clone()
+    reference.linear_gradient(delta, x.detach(), *added, add=True)
+    assert relative(added[0], held[0] + expected[0]) <= ROUNDING
+    assert relative(added[1], held[1] + expected[1]) <= ROUNDING

@@ -24,6 +24,14 @@ def initial() -> torch.Tensor:
     return torch.randn(len(LR), PARAMS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
+def step(optimizer, params, grads, state, row) -> None:
+    into = optimizer.accumulator(state, row)
+    if into is not None:
+        into.add_(grads)
+        grads.fill_(torch.nan)
+    optimizer.update(params, grads, state, row)
+
+
 def stacked(name: str, grads: torch.Tensor, block: int = 50) -> torch.Tensor:
     """All models at once, coefficients made a block of steps ahead, the last model inserted on the way."""
     optimizer = OPTIMIZERS[name]
@@ -47,7 +55,7 @@ def stacked(name: str, grads: torch.Tensor, block: int = 50) -> torch.Tensor:
         assert all(t.dtype == torch.float64 and t.shape == steps.shape for t in tables)
         for k, t in enumerate(range(first, last)):
             row = [table[k][:, None] for table in tables]
-            optimizer.update(params, grads[t, models].clone(), state, row)
+            step(optimizer, params, grads[t, models].clone(), state, row)
         first = last
     return params
 
@@ -129,7 +137,7 @@ def test_a_model_has_the_same_bits_in_any_company_and_place(name: str, dtype: to
         tables = optimizer.tables(steps, lr, torch.tensor(MOMENTUM, dtype=torch.float64)[models])
         for t in range(100):
             row = [table[t].to(dtype)[:, None] for table in tables]
-            optimizer.update(params, grads[t, models].clone(), state, row)
+            step(optimizer, params, grads[t, models].clone(), state, row)
         return params
 
     whole = train([0, 1, 2, 3, 4])

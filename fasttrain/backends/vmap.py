@@ -169,15 +169,33 @@ class VmapBackend:
             weight[:, :size] = 1.0 / size
         loss = torch.empty(0)
         for step in range(steps):
+            row = [column[step] for column in table]
+            into = self._optimizer.accumulator(stack.optim, row)
             if self._full:
                 loss = self._full_gradient(state)
+                if into is not None:
+                    into.add_(stack.grads)
             else:
-                x, onehot = self._gather(state, all_rows[step], all_labels[step])
-                loss = self._gradient(stack.params, stack.grads, x, onehot, weight)
-            self._optimizer.update(stack.params, stack.grads, stack.optim, [column[step] for column in table])
+                loss = self._batch_gradient(state, all_rows[step], all_labels[step], weight, into)
+            self._optimizer.update(stack.params, stack.grads, stack.optim, row)
         for run, value in zip(runs, loss.tolist(), strict=False):
             run.step += steps
             run.batch_loss = value
+
+    def _batch_gradient(
+        self,
+        state: VmapState,
+        rows: torch.Tensor,
+        labels: torch.Tensor,
+        weight: torch.Tensor,
+        into: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The gradient over minibatches, into the stack's or added to what is given; the losses [E]."""
+        x, onehot = self._gather(state, rows, labels)
+        loss = self._gradient(state.stack.params, state.stack.grads, x, onehot, weight)
+        if into is not None:
+            into.add_(state.stack.grads)
+        return loss
 
     def _whole(self, batches: np.ndarray) -> np.ndarray:
         """Minibatches [S, B] with their first sample again in the spare rows, which weigh nothing."""
