@@ -34,10 +34,22 @@ _SLOPE_NODES = 17
 _LEAST_SHARE = 1e-5  # of the largest node's mass: less shows in no quantile
 _MOST_MASS, _MOST_SLOPE_MASS = 0.06, 0.26  # of a single node, once the grid resolves the posterior
 
-# The likelihood is a polynomial of low degree in the lapse, unless there are many probes: few Gauss nodes do.
-_nodes, _weights = np.polynomial.legendre.leggauss(8)
-_LAPSES = LAPSE_MOST * (_nodes + 1.0) / 2.0
-_LAPSE_LOG_PRIOR = np.log(_weights) + LAPSE_FALL * np.log1p(-_LAPSES / LAPSE_MOST)
+_MOST_EXPONENT = 60.0
+_FACTORS = 10  # of such exponents, their product stays within float64
+
+
+def _lapse_rule(nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss nodes in the lapse, and the log of their weights times the prior."""
+    at, weights = np.polynomial.legendre.leggauss(nodes)
+    lapses = LAPSE_MOST * (at + 1.0) / 2.0
+    return lapses, np.log(weights) + LAPSE_FALL * np.log1p(-lapses / LAPSE_MOST)
+
+
+# The likelihood is a polynomial of low degree in the lapse, unless there are many probes: few Gauss nodes do, and
+# fewer where only the place of the mass in the other two dimensions is asked for.
+_LAPSE_RULE = _lapse_rule(8)
+_PLACING_RULE = _lapse_rule(3)
+_LAPSES = _LAPSE_RULE[0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,9 +72,9 @@ class Posterior:
     log_slope: np.ndarray
     weight: np.ndarray
 
-    def quantile(self, share: float) -> float:
-        """The m below which ``share`` of the posterior lies."""
-        return _quantile(self.m, self.weight.sum((1, 2)), share)
+    def quantile(self, *shares: float) -> list[float]:
+        """The m below which each share of the posterior lies."""
+        return _quantile(self.m, self.weight.sum((1, 2)), shares)
 
     def above(self, m: float) -> float:
         """P(ln EMC50 > m)."""
@@ -72,7 +84,7 @@ class Posterior:
     @property
     def slope(self) -> float:
         """Posterior median of s."""
-        return math.exp(_quantile(self.log_slope, self.weight.sum((0, 2)), 0.5))
+        return math.exp(_quantile(self.log_slope, self.weight.sum((0, 2)), (0.5,))[0])
 
     @property
     def lapse(self) -> float:
@@ -80,12 +92,19 @@ class Posterior:
         return float((self.weight.sum((0, 1)) * _LAPSES).sum())
 
     def fit_probability(self, x: np.ndarray) -> np.ndarray:
-        """Posterior predictive P(fit) at each x = ln n."""
-        i, j, k = np.nonzero(self.weight > 1e-3 * self.weight.max())
-        weight = self.weight[i, j, k]
-        lapse = _LAPSES[k]
-        odds = np.exp(np.clip(np.exp(self.log_slope)[j] * (x[:, None] - self.m[i]), -600.0, 600.0))
-        return ((weight * (1.0 - lapse)) / (1.0 + (1.0 - 2.0 * lapse) * odds)).sum(1) / weight.sum()
+        """Posterior predictive P(fit) at each x = ln n, within 0.002.
+
+        The lapse enters by its mean at each (m, slope), since P is nearly linear in it.
+        """
+        weight = self.weight.sum(2)
+        i, j = np.nonzero(weight > 1e-3 * weight.max())
+        kept = weight[i, j]
+        lapse = (self.weight[i, j] * _LAPSES).sum(1) / kept
+        z = np.exp(self.log_slope)[j] * (x[:, None] - self.m[i])
+        np.exp(np.clip(z, -_MOST_EXPONENT, _MOST_EXPONENT, out=z), out=z)
+        z *= 1.0 - 2.0 * lapse
+        z += 1.0
+        return (kept * (1.0 - lapse) / z).sum(1) / kept.sum()
 
 
 def posterior(ns: Sequence[int], fits: Sequence[int], fails: Sequence[int], *, n_min: int, n_max: int) -> Posterior:
@@ -107,19 +126,16 @@ def posterior(ns: Sequence[int], fits: Sequence[int], fails: Sequence[int], *, n
     m = np.linspace(math.log(n_min) - MARGIN, math.log(n_max) + MARGIN, _M_NODES)
     centre, reach = math.log(SLOPE_MEDIAN), 3.0 * SLOPE_LOG_SD
     log_slope = np.linspace(centre - reach, centre + reach, _SLOPE_NODES)
-    for last in (False, False, False, True):
-        log_weight = _log_joint(np.log(n), k, f, m, log_slope)
-        weight = np.exp(log_weight - log_weight.max())
-        weight *= _widths(m)[:, None, None] * _widths(log_slope)[:, None]
-        weight /= weight.sum()
+    for _ in range(3):
+        weight = _weight(n, k, f, m, log_slope, _PLACING_RULE)
         mass = weight.sum((1, 2))
         slope_mass = weight.sum((0, 2))
-        if last or (mass.max() <= _MOST_MASS and slope_mass.max() <= _MOST_SLOPE_MASS):
+        if mass.max() <= _MOST_MASS and slope_mass.max() <= _MOST_SLOPE_MASS:
             break
         if mass.max() <= 0.3:  # coarser, the nodes miss the ridge of steep slopes and would cut it off
             log_slope = _window(log_slope, slope_mass)
         m = _refined(m, mass)
-    return Posterior(n, k, f, m, log_slope, weight)
+    return Posterior(n, k, f, m, log_slope, _weight(n, k, f, m, log_slope, _LAPSE_RULE))
 
 
 def estimate(
@@ -145,7 +161,7 @@ def estimate(
         budget_spent: passed on.
     """
     bottom, top = math.log(problem.n_min), math.log(problem.n_max)
-    low, median, high = (post.quantile(share) for share in ((1 - interval) / 2, 0.5, (1 + interval) / 2))
+    low, median, high = post.quantile((1 - interval) / 2, 0.5, (1 + interval) / 2)
     emc50_low = math.exp(low) if low >= bottom and post.fits.any() else 0.0
     emc50_high = math.exp(high) if high <= top and post.fails.any() else math.inf
     if post.ns.size and not post.fails.any():  # what lies beyond every n tried is the prior's word alone
@@ -173,23 +189,60 @@ def estimate(
     )
 
 
-def _log_joint(x: np.ndarray, fits: np.ndarray, fails: np.ndarray, m: np.ndarray, log_slope: np.ndarray) -> np.ndarray:
+def _weight(
+    n: np.ndarray,
+    fits: np.ndarray,
+    fails: np.ndarray,
+    m: np.ndarray,
+    log_slope: np.ndarray,
+    lapse_rule: tuple[np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """Mass of every node (m, log_slope, lapse), sums to 1."""
+    log_weight = _log_joint(np.log(n), fits, fails, m, log_slope, lapse_rule)
+    weight = np.exp(log_weight - log_weight.max())
+    weight *= _widths(m)[:, None, None] * _widths(log_slope)[:, None]
+    return weight / weight.sum()
+
+
+def _log_joint(
+    x: np.ndarray,
+    fits: np.ndarray,
+    fails: np.ndarray,
+    m: np.ndarray,
+    log_slope: np.ndarray,
+    lapse_rule: tuple[np.ndarray, np.ndarray],
+) -> np.ndarray:
     """Log of prior times likelihood, up to a constant, at every (m, log_slope, lapse).
 
-    Elementwise operations and sums over the first axis only: a BLAS product would change bits with alignment.
+    Elementwise operations and products over the first axis only: a BLAS product would change bits with alignment.
     """
     prior = -0.5 * ((log_slope - math.log(SLOPE_MEDIAN)) / SLOPE_LOG_SD) ** 2
-    z = np.exp(log_slope) * (x[:, None, None] - m[:, None])
-    odds = np.exp(np.clip(z, -600.0, 600.0))
-    failed = np.flatnonzero(fails)
-    n_fails = fails[failed, None, None]
-    n_all = (fits + fails)[:, None, None]
-    out = np.empty((m.size, log_slope.size, _LAPSES.size))
-    for i, lapse in enumerate(_LAPSES):
-        scaled = (1.0 - 2.0 * lapse) * odds
-        out[:, :, i] = (np.log(scaled[failed] + lapse) * n_fails).sum(0)
-        out[:, :, i] -= (np.log(scaled + 1.0) * n_all).sum(0)
-        out[:, :, i] += fits.sum() * math.log1p(-lapse) + _LAPSE_LOG_PRIOR[i] + prior
+    odds = x[:, None, None] - m[:, None]
+    odds = odds * np.exp(log_slope)
+    # Beyond, log(1 + scale e^z) is z + log scale, which a failure has in both of its terms and a fit in one.
+    beyond = np.maximum(odds, _MOST_EXPONENT)
+    beyond *= fits[:, None, None]
+    beyond = beyond.sum(0) - _MOST_EXPONENT * fits.sum()
+    np.exp(np.clip(odds, -_MOST_EXPONENT, _MOST_EXPONENT, out=odds), out=odds)
+    lapses, lapse_log_prior = lapse_rule
+    out = np.empty((m.size, log_slope.size, lapses.size))
+    by_fails, by_all = _equal_counts(odds, fails), _equal_counts(odds, fits + fails)
+    for i, lapse in enumerate(lapses):
+        scale = 1.0 - 2.0 * lapse
+        out[:, :, i] = fits.sum() * math.log1p(-lapse) + lapse_log_prior[i] + prior - beyond
+        for count, some in by_fails:
+            out[:, :, i] += count * np.log((scale * some + lapse).prod(0))
+        for count, some in by_all:
+            out[:, :, i] -= count * np.log((scale * some + 1.0).prod(0))
+    return out
+
+
+def _equal_counts(rows: np.ndarray, counts: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """The rows with a count, a few of equal count at a time: one logarithm of their product serves them all."""
+    out = []
+    for count in np.unique(counts[counts > 0]).tolist():
+        same = rows[counts == count]
+        out += [(count, same[start : start + _FACTORS]) for start in range(0, len(same), _FACTORS)]
     return out
 
 
@@ -231,6 +284,6 @@ def _cdf(nodes: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x, _cumulative(x, np.exp(np.interp(x, nodes, log_density)))
 
 
-def _quantile(nodes: np.ndarray, mass: np.ndarray, share: float) -> float:
+def _quantile(nodes: np.ndarray, mass: np.ndarray, shares: Sequence[float]) -> list[float]:
     x, below = _cdf(nodes, mass)
-    return float(np.interp(share, below, x))
+    return np.interp(shares, below, x).tolist()

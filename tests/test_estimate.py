@@ -71,7 +71,7 @@ def test_agrees_with_a_plain_fine_integration(counts, around):
     post = posterior(*counts, n_min=2, n_max=5000)
     quantiles, slope, lapse = by_brute_force(*counts, 2, 5000, around)
     sd = (quantiles[2] - quantiles[0]) / 3.3
-    ours = np.array([post.quantile(share) for share in (0.05, 0.5, 0.95)])
+    ours = np.array(post.quantile(0.05, 0.5, 0.95))
     assert np.abs(ours - quantiles).max() < 0.04 * sd
     assert post.slope == pytest.approx(slope, rel=0.02)
     assert post.lapse == pytest.approx(lapse, rel=0.02, abs=2e-4)
@@ -103,7 +103,7 @@ def test_the_cost_is_bounded_by_the_grid_however_narrow_the_posterior(monkeypatc
     post = posterior(DENSE[0], scale * DENSE[1], scale * DENSE[2], n_min=1, n_max=10**18)
     assert len(passes) <= 4
     assert sum(passes) <= 4 * 49 * 17 * 8
-    assert math.exp(post.quantile(0.5)) == pytest.approx(300, rel=0.005)
+    assert math.exp(post.quantile(0.5)[0]) == pytest.approx(300, rel=0.005)
     assert post.m[1] - post.m[0] < 0.001
 
 
@@ -207,4 +207,22 @@ def test_predictive_probability_falls_and_is_one_half_near_emc50():
     post = posterior(*DENSE, n_min=2, n_max=5000)
     p = post.fit_probability(np.linspace(5.4, 6.0, 61))
     assert (np.diff(p) < 0).all()
-    assert post.fit_probability(np.array([post.quantile(0.5)]))[0] == pytest.approx(0.5, abs=0.01)
+    assert post.fit_probability(np.array([post.quantile(0.5)[0]]))[0] == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_joint_density_is_that_of_the_formula_also_far_from_the_threshold():
+    """Against log-sums of exponentials, which need no clipping: exponents here reach 1,400 either way."""
+    x = np.log([2.0, 3.0, 40.0, 50.0, 60.0, 1e4, 1e9, *np.arange(5e8, 5e8 + 15)])
+    fits, fails = np.array([3, 1, 2, 0, 1, 0, 2, *[0] * 15]), np.array([0, 1, 0, 1000, 2, 7, 1, *[1] * 15])
+    m, log_slope = np.log([0.5, 45.0, 55.0, 4e9]), np.log([0.7, 10.0, 70.0])
+    lapses, log_prior = module._LAPSE_RULE
+    got = module._log_joint(x, fits, fails, m, log_slope, module._LAPSE_RULE)
+    z = np.exp(log_slope)[:, None] * (x[:, None, None, None] - m[:, None, None])
+    scaled = np.log1p(-2 * lapses) + z
+    log_odds_one = np.logaddexp(0.0, scaled)
+    fitted = np.log1p(-lapses) - log_odds_one
+    failed = np.logaddexp(np.log(lapses), scaled) - log_odds_one
+    wanted = (fits[:, None, None, None] * fitted + fails[:, None, None, None] * failed).sum(0)
+    wanted += log_prior - 0.5 * ((log_slope[:, None] - math.log(10)) / 0.9) ** 2
+    assert np.abs(z).max() > 1400
+    np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-9)
