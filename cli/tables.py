@@ -97,7 +97,8 @@ def preview_text(preview: "Preview") -> list[str]:
         "",
         f"{count(len(rows), 'variant')} on {preview.device}, {preview.backend}, {preview.precision}, "
         f"{count(preview.slots, 'slot')}",
-        f"memory: about {bytes_text(preview.memory_bytes)}",
+        f"memory: about {bytes_text(preview.memory_bytes)}, "
+        f"at most {bytes_text(preview.memory_bytes / preview.slots)} a model",
         f"cost: at most {number_text(preview.model_steps_most)} model-steps, "
         f"{seconds_text(preview.seconds_most)}{likely}",
         "Nothing was trained or written.",
@@ -184,12 +185,13 @@ def number_text(number: float) -> str:
     return f"{scaled:.{decimals}f}{unit}"
 
 
-def bytes_text(number: int) -> str:
-    """Memory: ``210 MiB``, ``1.4 GiB``."""
-    mebibytes = number / 2**20
-    if mebibytes < 1023.5:
-        return f"{mebibytes:.0f} MiB" if mebibytes >= 1 else "1 MiB"
-    return f"{mebibytes / 1024:.1f} GiB"
+def bytes_text(number: float) -> str:
+    """Memory: ``12 KiB``, ``210 MiB``, ``1.4 GiB``."""
+    for unit in ("KiB", "MiB"):
+        number /= 1024
+        if number < 1023.5:
+            return f"{max(number, 1):.0f} {unit}"
+    return f"{number / 1024:.1f} GiB"
 
 
 def _per_param(row: Row) -> str:

@@ -8,7 +8,7 @@ from fasttrain.records import Problem
 from fasttrain.spec import FULL_BATCH, ScanSpec, Variant
 
 _MOST_SLOTS = {"cpu": 64, "cuda": 1024}
-_SLOTS_OF_WORKER = 4  # so that a worker that has finished with one finds the next at once
+_SLOTS_OF_WORKER = 2  # so that a worker that has finished with one finds the next at once
 _ROWS = 7  # parameters, gradient, two moments, temporaries and a copy while slots are refilled
 _PASS_ROWS = 128
 

@@ -327,9 +327,9 @@ class _Scan:
         self._report(finished=True)
 
     def _searching(self, call: Callable[..., Any], *args: Any) -> Any:
-        begin = time.perf_counter()
+        begin = time.thread_time()
         result = call(*args)
-        self.search_seconds += time.perf_counter() - begin
+        self.search_seconds += time.thread_time() - begin
         return result
 
     def _take(self, results: list[ProbeResult]) -> None:
@@ -360,6 +360,7 @@ class _Scan:
             "seconds": seconds,
             "steps_per_second": load.model_steps / seconds if seconds > 0 else 0.0,
             "step_seconds": load.step_seconds,
+            "check_seconds": load.check_seconds,
             "search_seconds": self.search_seconds,
         }
 

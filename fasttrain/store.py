@@ -30,6 +30,7 @@ TIMING_ATTRIBUTES = (
     "seconds",
     "steps_per_second",
     "step_seconds",
+    "check_seconds",
     "search_seconds",
     "occupancy",
 )

@@ -49,11 +49,13 @@ class Load:
         model_steps: optimizer steps, summed over the probes.
         slot_steps: optimizer steps that all slots together could have made meanwhile; shapes take parts of a slot.
         step_seconds: time inside the backend.
+        check_seconds: of that, time in evaluations for checks; 0 where they are a part of the kernels that train.
     """
 
     model_steps: int = 0
     slot_steps: float = 0.0
     step_seconds: float = 0.0
+    check_seconds: float = 0.0
 
     @property
     def occupancy(self) -> float:
@@ -133,6 +135,7 @@ class Trainer:
         runs = group.state.runs
         running = self.running + len(runs)
         self.load.step_seconds += took
+        self.load.check_seconds += report.check_seconds
         self.load.model_steps += report.model_steps
         # All groups share the slots: while this one steps, its share of the idle slots idles too.
         self.load.slot_steps += report.model_steps * self.slots / running

@@ -427,7 +427,7 @@ def test_dry_run_prints_the_cost_and_writes_nothing(replace, capsys, tmp_path):
         "    8      1     311  2 to 1797",
         "",
         "2 variants on cpu, vmap, float32, 32 slots",
-        "memory: about 210 MiB",
+        "memory: about 210 MiB, at most 7 MiB a model",
         "cost: at most 12.3 M model-steps, 3 min 20 s; likely 1 min 01 s",
         "Nothing was trained or written.",
     ]

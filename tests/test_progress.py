@@ -203,6 +203,15 @@ def test_numbers(number, text):
     assert number_text(number) == text
 
 
-@pytest.mark.parametrize(("number", "text"), [(10, "1 MiB"), (210 * 2**20, "210 MiB"), (1434 * 2**20, "1.4 GiB")])
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (10, "1 KiB"),
+        (3 * 2**19 - 1, "1 MiB"),
+        (700_000, "684 KiB"),
+        (210 * 2**20, "210 MiB"),
+        (1434 * 2**20, "1.4 GiB"),
+    ],
+)
 def test_bytes(number, text):
     assert bytes_text(number) == text

@@ -219,8 +219,9 @@ def test_ctrl_c_stops_within_two_seconds_and_keeps_what_finished(tmp_path, after
     # The installed script. Under `python -m`, Python itself ends by the signal (130 to a shell, -2 here) where the
     # interrupt came inside exec() of a text, though it was caught.
     script = str(Path(sys.executable).parent / "fasttrain")
-    command = [script, "scan", "--widths", "32,48,64", "--out", str(path)]
-    # Long enough to be still at it.
+    # An interval that no probes reach: it is still at it, however fast the machine.
+    endless = ["--tolerance", "0.0001", "--seeds", "100000", "--max-probes", "100000"]
+    command = [script, "scan", "--widths", "32,48,64", *endless, "--out", str(path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             deadline = time.monotonic() + 60

@@ -115,10 +115,12 @@ class Report:
     Attributes:
         ended: (position in ``state.runs``, result) of the runs that ended; they are no longer stepped.
         model_steps: optimizer steps made, summed over the runs.
+        check_seconds: time that the evaluations for checks took; 0 where they are a part of the kernels that train.
     """
 
     ended: list[tuple[int, ProbeResult]]
     model_steps: int
+    check_seconds: float = 0.0
 
 
 class State(Protocol):

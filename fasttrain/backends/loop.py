@@ -1,5 +1,6 @@
 """The oracle: one model at a time with torch.nn, torch.optim and autograd, and nothing clever."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -62,7 +63,7 @@ class LoopBackend:
 
     def run(self, state: LoopState, until_step: int) -> Report:
         """See ``Backend``."""
-        model_steps = 0
+        model_steps, checking = 0, 0.0
         while state.clock < until_step:
             steps = min(run.check_due(until_step - state.clock) for run in state.runs)
             for run, trained in zip(state.runs, state.trained, strict=True):
@@ -71,11 +72,16 @@ class LoopBackend:
             model_steps += steps * len(state.runs)
             ended = []
             for position, (run, trained) in enumerate(zip(state.runs, state.trained, strict=True)):
-                if run.at_check and (result := run.observe(*self._evaluate(trained))) is not None:
+                if not run.at_check:
+                    continue
+                begin = time.perf_counter()
+                loss, wrong = self._evaluate(trained)
+                checking += time.perf_counter() - begin
+                if (result := run.observe(loss, wrong)) is not None:
                     ended.append((position, result))
             if ended:
-                return Report(ended, model_steps)
-        return Report([], model_steps)
+                return Report(ended, model_steps, checking)
+        return Report([], model_steps, checking)
 
     def _train(self, run: Run, trained: _Trained, steps: int) -> None:
         full = run.problem.variant.batch_size == FULL_BATCH

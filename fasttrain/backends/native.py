@@ -2,6 +2,7 @@
 
 import ctypes
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -78,7 +79,7 @@ class NativeBackend:
 
     def run(self, state: NativeState, until_step: int) -> Report:
         """See ``Backend``."""
-        model_steps = 0
+        model_steps, checking = 0, 0.0
         while state.clock < until_step:
             steps = min(run.check_due(until_step - state.clock) for run in state.runs)
             ended = []
@@ -88,15 +89,17 @@ class NativeBackend:
                 run.step += steps
                 run.batch_loss = model.struct.loss
                 if run.at_check:
+                    begin = time.perf_counter()
                     self._library.evaluate(ctypes.byref(model.struct), scratch)
+                    checking += time.perf_counter() - begin
                     result = run.observe(model.struct.mean_loss, model.struct.wrong)
                     if result is not None:
                         ended.append((position, result))
             state.clock += steps
             model_steps += steps * len(state.runs)
             if ended:
-                return Report(ended, model_steps)
-        return Report([], model_steps)
+                return Report(ended, model_steps, checking)
+        return Report([], model_steps, checking)
 
     def _evaluate(self, state: NativeState) -> tuple[list[float], list[int]]:
         """Mean loss and number of samples not strictly right of every run, over its whole training set."""

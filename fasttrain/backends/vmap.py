@@ -1,6 +1,7 @@
 """torch.func over stacked parameters: all models of a bucket in one vmapped gradient, recorded once as a graph."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -88,7 +89,7 @@ class VmapBackend:
 
     def run(self, state: VmapState, until_step: int) -> Report:
         """See ``Backend``."""
-        model_steps = 0
+        model_steps, checking = 0, 0.0
         with torch.no_grad():
             while state.clock < until_step:
                 steps = min(run.check_due(until_step - state.clock) for run in state.runs)
@@ -97,11 +98,13 @@ class VmapBackend:
                 model_steps += steps * len(state.runs)
                 due = [position for position, run in enumerate(state.runs) if run.at_check]
                 if due:
+                    begin = time.perf_counter()
                     losses, wrong = self._evaluate(state)
+                    checking += time.perf_counter() - begin
                     found = [(i, state.runs[i].observe(float(losses[i]), int(wrong[i]))) for i in due]
                     if ended := [(i, result) for i, result in found if result is not None]:
-                        return Report(ended, model_steps)
-        return Report([], model_steps)
+                        return Report(ended, model_steps, checking)
+        return Report([], model_steps, checking)
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(values).to(self._setting.device, self._setting.dtype)
