@@ -19,7 +19,7 @@ OWN = ("auto", "native", "stacked", "vmap")
 GROWTH = (16, 64, 256, 1024, 4096)
 COLUMNS = (
     "case", "contender", "model_steps_per_s", "low", "high", "repeats", "gflops", "share_of_gemm_peak",
-    "compile_seconds", "conforms",
+    "gb_per_s", "share_of_copy", "compile_seconds", "conforms",
 )  # fmt: skip
 _MEMORY = """
 import psutil, torch
@@ -72,8 +72,10 @@ def _contenders(case: Case, own: tuple[str, ...], compiled: bool) -> dict[str, t
     return out
 
 
-def measure(case: Case, own: tuple[str, ...], repeats: int, budget: float, compiled: bool, peak: float) -> list[dict]:
-    """A row for each contender: medians of interleaved repeats."""
+def measure(
+    case: Case, own: tuple[str, ...], repeats: int, budget: float, compiled: bool, peak: tuple[float, float]
+) -> list[dict]:
+    """A row for each contender: medians of interleaved repeats, and shares of the peaks in GFLOP/s and GB/s."""
     contenders = _contenders(case, own, compiled)
     steps = {}
     for name, (run, _, _) in contenders.items():
@@ -86,7 +88,7 @@ def measure(case: Case, own: tuple[str, ...], repeats: int, budget: float, compi
     rows = []
     for name, (_, conforms, first) in contenders.items():
         rate = statistics.median(rates[name])
-        gflops = rate * case.flops / 1e9
+        gflops, moved = rate * case.flops / 1e9, rate * case.bytes / 1e9
         values = (
             case.name,
             name,
@@ -95,7 +97,9 @@ def measure(case: Case, own: tuple[str, ...], repeats: int, budget: float, compi
             max(rates[name]),
             repeats,
             gflops,
-            gflops / peak,
+            gflops / peak[0],
+            moved,
+            moved / peak[1],
             first,
             conforms,
         )
@@ -134,6 +138,7 @@ def table(rows: list[dict]) -> bool:
     for row in rows:
         line = f"  {row['contender']:22}{row['model_steps_per_s']:10,.0f}/s  [{row['low']:,.0f}, {row['high']:,.0f}]"
         line += f"  {row['gflops']:6.1f} GFLOP/s ({row['share_of_gemm_peak']:.0%} of GEMM)"
+        line += f"  {row['gb_per_s']:5.1f} GB/s ({row['share_of_copy']:.0%} of copy)"
         if row["conforms"] is False:
             click.echo(f"{line}  conformance failed: no ratio")
             good = False
@@ -159,7 +164,10 @@ def geometric(rows: list[dict], peer: str, cases: list[Case]) -> tuple[float, fl
 
 
 def growth(counts: tuple[int, ...], total: int, repeats: int) -> list[dict]:
-    """Microseconds a model-step of auto as the number of models grows; about the same number of model-steps each."""
+    """Microseconds a model-step of auto as the number of models grows; about the same number of model-steps each.
+
+    Enough of them that handing models to workers weighs no more than in a scan, where a turn takes 20 ms.
+    """
     rows = []
     cases = [Case(64, 64, 16, models=count) for count in counts]
     times: dict[int, list[float]] = {count: [] for count in counts}
@@ -184,8 +192,8 @@ def memory(models: int) -> tuple[str, int]:
 def run(quick: bool, repeats: int, budget: float) -> tuple[list[dict], dict, bool]:
     """All cases; rows, facts of the run, and whether everything conforms."""
     reference, others, mixed = (REFERENCE, OTHERS, MIXED) if not quick else ([Case(16, 8, 4, models=4)], [], [])
-    peak, copy = gemm_peak(), bandwidth()
-    click.echo(f"GEMM {peak:.0f} GFLOP/s, copy {copy:.1f} GB/s, {cores()} cores")
+    peak = gemm_peak(), bandwidth()
+    click.echo(f"GEMM {peak[0]:.0f} GFLOP/s, copy {peak[1]:.1f} GB/s, {cores()} cores")
     rows: list[dict] = []
     good = True
     for case in reference + others:
@@ -199,15 +207,15 @@ def run(quick: bool, repeats: int, budget: float) -> tuple[list[dict], dict, boo
         for name in [row["contender"] for row in found[0]]:
             per = sum(8 / row["model_steps_per_s"] for some in found for row in some if row["contender"] == name)
             click.echo(f"  {name:22}{48 / per:10,.0f}/s")
-    grown = growth(GROWTH if not quick else (2, 8), 400_000 if not quick else 800, repeats)
+    grown = growth(GROWTH if not quick else (2, 8), 2_000_000 if not quick else 800, repeats)
     for row in grown:
         click.echo(f"{row['models']:6} models: {row['us']:.2f} us a model-step [{row['low']:.2f}, {row['high']:.2f}]")
     models = 10_000 if not quick else 50
     name, taken = memory(models)
     click.echo(f"{models:,} models of (64, 16, 10), {name}: {taken / 2**20:,.0f} MiB, {taken / models:,.0f} bytes each")
     facts = {
-        "gemm_gflops": peak,
-        "copy_gb_per_s": copy,
+        "gemm_gflops": peak[0],
+        "copy_gb_per_s": peak[1],
         "growth": grown,
         "memory_bytes": taken,
         "memory_models": models,

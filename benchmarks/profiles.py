@@ -1,5 +1,6 @@
 """Where the time of a step goes."""
 
+import ctypes
 import time
 
 import click
@@ -7,10 +8,13 @@ import torch
 
 from benchmarks.work import Case
 from fasttrain.backends import choose, make_backend
+from fasttrain.kernels import native
+
+PHASES = ("sample order", "gather", "forward", "head", "backward and update")
 
 
 def run(case: Case, name: str, steps: int) -> dict[str, float]:
-    """Seconds by part: set-up, steps, one evaluation of everything; torch backends also by operation."""
+    """Seconds by part: set-up, steps, one evaluation; ``native`` also by phase, torch backends by operation."""
     setting = case.setting(torch.float32, 10**9)
     (variant,) = setting.spec.variants(10)
     chosen = choose(name, setting, variant)
@@ -34,7 +38,14 @@ def run(case: Case, name: str, steps: int) -> dict[str, float]:
         click.echo(f"  {part:16}{1e3 * seconds:9.2f} ms")
     click.echo(f"  a model-step    {1e6 * parts['steps'] / steps / case.models:9.2f} us")
     click.echo(f"  evaluation every 100 steps is {evaluated * steps / 100 / parts['steps']:.1%} of training")
-    if chosen != "native":
+    if chosen == "native":
+        backend._library = native.library("float32", "PHASES")
+        backend.run(state, 3 * steps)
+        seconds = list((ctypes.c_double * len(PHASES)).in_dll(backend._library, "phase_seconds"))
+        for phase, taken in zip(PHASES, seconds, strict=True):
+            click.echo(f"  {phase:20}{taken / sum(seconds):6.1%}")
+            parts[phase] = taken
+    else:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             backend.run(state, 2 * steps + min(steps, 50))
         click.echo(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))

@@ -1,6 +1,8 @@
 """A whole scan against a sequential script, and what a scan costs as variants are added."""
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import click
 import torch
@@ -42,6 +44,24 @@ def script_seconds(results: fasttrain.Results, budget: float) -> tuple[dict, int
     return total, agree, count
 
 
+def occupancy_until_dry(results: fasttrain.Results) -> float:
+    """Share of the slots that held a probe, in time, until the search had given its last one to a slot."""
+    probes = results.probes
+    dry = probes.started.max()
+    held = (probes.finished.clip(upper=dry) - probes.started).sum()
+    return float(held / (dry * results.attrs["slots"]))
+
+
+def check_share(attrs: Mapping[str, Any]) -> float:
+    """Time of the evaluations for checks over that of the training between them."""
+    return float(attrs["check_seconds"] / (attrs["step_seconds"] - attrs["check_seconds"]))
+
+
+def search_share(attrs: Mapping[str, Any]) -> float:
+    """Processor time of the search, which runs on one core beside the workers, over that of all cores."""
+    return float(attrs["search_seconds"] / attrs["seconds"] / attrs["threads"])
+
+
 def run(quick: bool, budget: float) -> dict:
     """The default scan, the script, and the growth with variants."""
     spec = (
@@ -56,9 +76,11 @@ def run(quick: bool, budget: float) -> dict:
     attrs = results.attrs
     click.echo(
         f"scan: {wall:.2f} s, {attrs['model_steps']:,} model-steps, {attrs['steps_per_second']:,.0f}/s, "
-        f"{len(results.probes)} probes, backend {attrs['backend']}, occupancy {attrs['occupancy']:.0%} to the end, "
-        f"workers busy {attrs['step_seconds'] / attrs['seconds'] / attrs['threads']:.0%}, "
-        f"search {attrs['search_seconds'] / attrs['seconds']:.1%} of the time"
+        f"{len(results.probes)} probes, backend {attrs['backend']}, occupancy of {attrs['slots']} slots "
+        f"{occupancy_until_dry(results):.0%} until the search ran dry and {attrs['occupancy']:.0%} to the end, "
+        f"workers busy {attrs['step_seconds'] / attrs['seconds'] / attrs['threads']:.0%}, checks "
+        f"{check_share(attrs):.1%} of training; search {attrs['search_seconds'] / attrs['seconds']:.1%} of the wall "
+        f"time on one core, {search_share(attrs):.1%} of the time of all"
     )
     torch.set_num_threads(1)
     by_width, agree, count = script_seconds(results, budget)
@@ -78,7 +100,7 @@ def run(quick: bool, budget: float) -> dict:
             "variants": variants,
             "ms_per_probe": 1e3 * took / len(found.probes),
             "us_per_model_step": 1e6 * took / found.attrs["model_steps"],
-            "search_share": found.attrs["search_seconds"] / found.attrs["seconds"],
+            "search_share": search_share(found.attrs),
         }
         grown.append(row)
         click.echo(
@@ -92,6 +114,10 @@ def run(quick: bool, budget: float) -> dict:
         "agree": agree,
         "sampled": count,
         "occupancy": float(attrs["occupancy"]),
+        "occupancy_until_dry": occupancy_until_dry(results),
+        "check_share": check_share(attrs),
+        "search_seconds": float(attrs["search_seconds"]),
+        "search_share": search_share(attrs),
         "workers_busy": float(attrs["step_seconds"] / attrs["seconds"] / attrs["threads"]),
         "growth": grown,
     }

@@ -41,9 +41,18 @@ class Case:
     @property
     def flops(self) -> int:
         """Floating-point operations of the products of one model-step: forward, dW, and dX but of the first layer."""
-        sizes = [self.features, *[self.width] * self.depth, 10]
-        products = [a * b for a, b in itertools.pairwise(sizes)]
+        products = [a * b for a, b in self._layers]
         return 2 * self.batch * (3 * sum(products) - products[0])
+
+    @property
+    def bytes(self) -> int:
+        """What a model-step cannot but move in float32: its samples in; parameters and moments in and out."""
+        params = sum((a + 1) * b for a, b in self._layers)
+        return 4 * (self.batch * self.features + (4 if self.optimizer == "sgd" else 6) * params)
+
+    @property
+    def _layers(self) -> list[tuple[int, int]]:
+        return list(itertools.pairwise([self.features, *[self.width] * self.depth, 10]))
 
     def setting(self, dtype: torch.dtype, steps: int) -> Setting:
         """The scan that this would be; a run is looked at once, at its end."""

@@ -10,6 +10,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef PHASES
+#include <time.h>
+#endif
 
 #ifndef REAL
 #define REAL float
@@ -550,11 +553,27 @@ static void backward(const model *m, const scratch *s, i64 size, rates c, i64 co
     }
 }
 
+/* Where the time of train goes, for benchmarks; nothing unless it is asked for. */
+#ifdef PHASES
+double phase_seconds[5];
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+#define PHASE(which) (phase_seconds[which] -= since, since = now(), phase_seconds[which] += since)
+#else
+#define PHASE(which) ((void)0)
+#endif
+
 /* Takes so many steps. */
 void train(model *m, i64 steps, real *base) {
     scratch s;
     arrange(m, base, &s);
     i64 size = parameters_size(m), all = m->batch ? m->batch : m->n, samples[BLOCK], labels[BLOCK];
+#ifdef PHASES
+    double since = now();
+#endif
     for (i64 last = m->step + steps; m->step < last; m->step++) {
         rates c = rates_at(m, m->step + 1);
         int want_loss = m->step == last - 1;
@@ -564,12 +583,18 @@ void train(model *m, i64 steps, real *base) {
             i64 count = all - begin < BLOCK ? all - begin : BLOCK;
             if (m->batch) draw(m, m->step * all + begin, count, samples);
             else for (i64 i = 0; i < count; i++) samples[i] = begin + i;
+            PHASE(0);
             gather(m, &s, samples, count, labels);
+            PHASE(1);
             forward(m, &s, count, 1);
+            PHASE(2);
             losses += head_gradient(count, m->classes, s.out, s.deltas, labels, (real)(1.0 / all), want_loss);
+            PHASE(3);
             backward(m, &s, size, c, count);
+            PHASE(4);
         }
         if (!one_block(m)) update(m, size, c, 0, s.grads, size);
+        PHASE(4);
         if (want_loss) m->loss = losses / all;
     }
 }

@@ -52,14 +52,18 @@ def zeros(count: int, dtype: np.dtype) -> np.ndarray:
 
 
 @functools.cache
-def library(dtype: str) -> ctypes.CDLL:
+def library(dtype: str, *definitions: str) -> ctypes.CDLL:
     """The kernels for ``"float32"`` or ``"float64"``; its functions release the interpreter's lock.
+
+    ``definitions`` are macros to compile with: with ``"PHASES"``, ``train`` adds up in ``phase_seconds`` where its time
+    goes.
 
     Raises:
         Unavailable: there is no working C compiler, or nowhere to keep what it makes.
     """
     compiler = shlex.split(os.environ.get("CC") or "cc")
     flags = [*_FLAGS, *(["-DREAL=float", "-DSINGLE=1"] if dtype == "float32" else ["-DREAL=double", "-DSINGLE=0"])]
+    flags += [f"-D{name}" for name in definitions]
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=10, check=True).stdout
         key = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), version, " ".join(flags).encode(), _processor()]))

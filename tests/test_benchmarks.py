@@ -2,17 +2,19 @@
 
 import csv
 import json
+import time
 
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import peers, work
+from benchmarks import peers, profiles, work
 from benchmarks.__main__ import main
 from benchmarks.work import Case
 
 
-def test_flops_of_a_model_step_by_hand() -> None:
+def test_flops_and_bytes_of_a_model_step_by_hand() -> None:
     # Forward and dW of 64x32 and 32x10, dX of the second layer only.
+    assert Case(128, 64, 32).bytes == 4 * (128 * 64 + 4 * (65 * 32 + 33 * 10))
     assert Case(128, 64, 32).flops == 2 * 128 * (2 * (64 * 32 + 32 * 10) + 32 * 10)
 
 
@@ -90,3 +92,11 @@ def test_profile_names_the_parts() -> None:
     assert done.exit_code == 0, done.output
     for part in ("set-up", "steps", "one evaluation", "aten::baddbmm"):
         assert part in done.output
+
+
+def test_profile_of_the_compiled_kernels_shares_a_step_out_to_its_phases() -> None:
+    begin = time.perf_counter()
+    parts = profiles.run(Case(8, 4, 3, models=2), "native", 200)
+    phases = [parts[name] for name in profiles.PHASES]
+    assert min(phases) > 0
+    assert sum(phases) < time.perf_counter() - begin
