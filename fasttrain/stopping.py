@@ -29,6 +29,10 @@ class StopRules:
         """The first step after ``step`` at which the run is checked."""
         return min((step // self.check_every + 1) * self.check_every, self.steps)
 
+    def step_of(self, checks: int) -> int:
+        """The step of a run's check of this number, from 1."""
+        return min(checks * self.check_every, self.steps)
+
 
 class Monitor:
     """The checks of one run so far, and the verdict on it."""
@@ -60,6 +64,19 @@ class Monitor:
         if step >= PLATEAU_AFTER * self.rules.steps and self._flat(step):
             return Outcome.PLATEAUED
         return Outcome.OUT_OF_BUDGET if step >= self.rules.steps else None
+
+    def record(self, losses: np.ndarray, wrong: np.ndarray, n: int) -> None:
+        """Records a run's first checks, none of which ended it, all at once.
+
+        Args:
+            losses: [K], mean cross-entropy over all n samples, in nats; finite.
+            wrong: [K], samples not strictly right, at least one.
+            n: training samples.
+        """
+        self._steps = [self.rules.step_of(k + 1) for k in range(len(losses))]
+        self._losses = losses.tolist()
+        self._errors = (wrong / n).tolist()
+        self._best = np.minimum.accumulate(losses).tolist()
 
     def _flat(self, step: int) -> bool:
         half = bisect.bisect_right(self._steps, step / 2) - 1

@@ -143,6 +143,42 @@ def head(logits: torch.Tensor, onehot: torch.Tensor, weight: torch.Tensor) -> tu
     return losses, log_p.exp_().sub_(onehot).mul_(weight[:, None, :])
 
 
+def update(
+    optimizer: str,
+    params: torch.Tensor,
+    grad: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor | None,
+    rates: tuple[float, float, float],
+    step: int,
+) -> None:
+    """One step of an optimizer as torch.optim has it: SGD with momentum, Adam, and AdamW (Loshchilov and Hutter 2019).
+
+    Args:
+        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
+        params: any shape; updated.
+        grad: of that shape.
+        first: momentum or first moment; updated.
+        second: second moment; updated. None for SGD.
+        rates: learning rate, momentum (of SGD), weight decay.
+        step: 1 for the first.
+    """
+    lr, momentum, decay = rates
+    if optimizer == "adamw":
+        params.mul_(1 - lr * decay)
+    else:
+        grad = grad + params * decay
+    if optimizer == "sgd":
+        first.mul_(momentum).add_(grad)
+        params.sub_(first * lr)
+        return
+    assert second is not None
+    first.mul_(0.9).add_(grad * (1 - 0.9))
+    second.mul_(0.999).add_(grad * grad * (1 - 0.999))
+    root = second.sqrt() * (1 - 0.999**step) ** -0.5
+    params.sub_(first / (root + 1e-8) * (lr / (1 - 0.9**step)))
+
+
 def linear_gradient(
     delta: torch.Tensor, x: torch.Tensor, weight_grad: torch.Tensor, bias_grad: torch.Tensor, add: bool = False
 ) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -169,3 +170,24 @@ def test_a_long_history_is_thinned_evenly_between_its_first_and_last_check(count
     assert gaps.max() - gaps.min() <= 1
     assert np.array_equal(kept.train_loss, losses[which])
     assert np.array_equal(kept.train_accuracy, 1.0 - (which % (N + 1)) / N)
+
+
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_checks_recorded_at_once_are_those_observed_one_by_one(count: int) -> None:
+    """Also the last one, at a step that is no multiple of the cadence."""
+    rules = StopRules(100 * count - 30, 100)
+    rng = np.random.default_rng(count)
+    losses = np.cumprod(rng.uniform(0.5, 1.2, count))
+    wrong = rng.integers(1, N, count)
+    one, many = Monitor(rules), Monitor(rules)
+    step = 0
+    for k in range(count):
+        step = rules.next_check(step)
+        assert rules.step_of(k + 1) == step
+        outcome = one.observe(step, float(losses[k]), int(wrong[k]), N)
+    assert step == rules.steps
+    many.record(losses[:-1], wrong[:-1], N)
+    assert many.observe(step, float(losses[-1]), int(wrong[-1]), N) == outcome
+    assert many.last == one.last
+    for a, b in zip(dataclasses.astuple(many.history()), dataclasses.astuple(one.history()), strict=True):
+        assert np.array_equal(a, b)

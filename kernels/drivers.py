@@ -1,0 +1,354 @@
+"""The kernels of both drivers over the tile functions of ``tiles.py``.
+
+*Stages*: one launch for each layer's outputs, the head, each hidden layer's gradient and the update, 2 L + 1 a step; a
+program takes one tile of one model from a work list. *Whole steps*: one program a model makes many steps in one launch,
+with the same tiles one after the other.
+
+A program leaves at once if its model is past its steps or has stopped. Both end a model by themselves at a check, which
+comes every ``check_every`` steps and at the last one; what the checks found goes to ``history`` [models, checks, 3]:
+mean loss, samples not strictly right, and the least loss so far.
+
+No number of a launch may be compiled into a kernel for its value (``_NUMBERS``): another step would be another kernel.
+"""
+
+import triton
+import triton.language as tl
+
+from fasttrain.kernels.tiles import (
+    BATCH,
+    FIELDS,
+    FUSED_CLASSES,
+    RATES,
+    ROOM,
+    STEP,
+    STOPPED,
+    WIDTH,
+    N,
+    back_tile,
+    check_tile,
+    head_tile,
+    hidden_tile,
+    weights_tile,
+)
+
+_NUMBERS = ("layer", "s", "begin", "steps", "budget", "check_every", "plateau_after", "blocks", "checks")
+
+
+def _stage(function):
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(function, do_not_specialize=[name for name in names if name in _NUMBERS])
+
+
+@triton.jit
+def _active(model, s, budget):
+    """Whether a model takes step s, counted from where the launches began."""
+    return (tl.load(model + STOPPED) == 0) & (tl.load(model + STEP) + s < budget)
+
+
+@triton.jit
+def _due(model, s, budget, check_every):
+    """Whether a model is checked after step s, the step being its own."""
+    steps = tl.load(model + STEP) + s + 1
+    return (steps % check_every == 0) | (steps == budget)
+
+
+@_stage
+def hidden_stage(models, work, pool, rows, labels, drawn, params, acts, layer, s, begin, budget, check_every,
+                 FIRST: tl.constexpr, TRAIN: tl.constexpr, FULL: tl.constexpr, FEATURES: tl.constexpr,
+                 DEPTH: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr,
+                 BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A program a (model, block of samples, block of units): [T, 3] int32."""
+    at = work + tl.program_id(0) * 3
+    model = models + tl.load(at).to(tl.int64) * FIELDS
+    block, unit = tl.load(at + 1), tl.load(at + 2)
+    if TRAIN:
+        go = _active(model, s, budget)
+    else:
+        go = _active(model, s, budget) & _due(model, s, budget, check_every) & (begin < tl.load(model + N))
+    if go:
+        step = tl.load(model + STEP) + s
+        hidden_tile(
+            model, pool, rows, labels, drawn, params, acts, layer, begin, step, block, unit * BH,
+            FIRST, TRAIN, FULL, FEATURES, DEPTH, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
+        )  # fmt: skip
+
+
+@_stage
+def head_stage(models, work, pool, rows, labels, drawn, params, acts, losses, blocks, s, budget,
+               FULL: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, CLASSES: tl.constexpr,
+               ACTIVATION: tl.constexpr, KEEP: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
+               CK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A program a (model, block of samples): [T, 2]; losses [models, blocks] takes its sum."""
+    at = work + tl.program_id(0) * 2
+    e, block = tl.load(at).to(tl.int64), tl.load(at + 1)
+    model = models + e * FIELDS
+    if _active(model, s, budget):
+        step = tl.load(model + STEP) + s
+        head_tile(
+            model, pool, rows, labels, drawn, params, acts, losses + e * blocks + block, 0, step, block,
+            FULL, FEATURES, DEPTH, CLASSES, ACTIVATION, KEEP, BB, BH, BC, CK, PRECISION,
+        )  # fmt: skip
+
+
+@_stage
+def back_stage(models, work, params, acts, layer, s, budget, LAST: tl.constexpr,
+               FEATURES: tl.constexpr, DEPTH: tl.constexpr, CLASSES: tl.constexpr, ACTIVATION: tl.constexpr,
+               KEEP: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
+    """A program a (model, block of samples, block of units)."""
+    at = work + tl.program_id(0) * 3
+    model = models + tl.load(at).to(tl.int64) * FIELDS
+    block, unit = tl.load(at + 1), tl.load(at + 2)
+    if _active(model, s, budget):
+        back_tile(
+            model, params, acts, layer, block, unit * BH, LAST,
+            FEATURES, DEPTH, CLASSES, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
+        )  # fmt: skip
+
+
+@_stage
+def weights_stage(models, work, pool, drawn, params, first, second, rates, corrections, acts, s, budget,
+                  FEATURES: tl.constexpr, DEPTH: tl.constexpr, CLASSES: tl.constexpr, KEEP: tl.constexpr,
+                  OPTIMIZER: tl.constexpr, BI: tl.constexpr, BH: tl.constexpr, BO: tl.constexpr, BS: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """A program a (model, layer, block of inputs, block of units): [T, 4]."""
+    at = work + tl.program_id(0) * 4
+    e, layer = tl.load(at).to(tl.int64), tl.load(at + 1)
+    model = models + e * FIELDS
+    if _active(model, s, budget):
+        step = tl.load(model + STEP) + s
+        any_weights_tile(
+            model, pool, drawn, params, first, second, rates + e * RATES, corrections, acts, layer, step,
+            tl.load(at + 2), tl.load(at + 3),
+            FEATURES, DEPTH, CLASSES, KEEP, OPTIMIZER, BI, BH, BO, BS, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def any_weights_tile(model, pool, drawn, params, first, second, rates, corrections, acts, layer, step, i, h,
+                     FEATURES: tl.constexpr, DEPTH: tl.constexpr, CLASSES: tl.constexpr, KEEP: tl.constexpr,
+                     OPTIMIZER: tl.constexpr, BI: tl.constexpr, BH: tl.constexpr, BO: tl.constexpr, BS: tl.constexpr,
+                     PRECISION: tl.constexpr):  # fmt: skip
+    """A tile of any layer: the first gathers, the last has classes for units."""
+    if DEPTH == 0:
+        weights_tile(
+            model, pool, drawn, params, first, second, rates, corrections, acts, layer, step, i * BI, h * BO,
+            True, True, FEATURES, DEPTH, CLASSES, KEEP, OPTIMIZER, BI, BO, BS, PRECISION,
+        )  # fmt: skip
+    else:
+        if layer == 0:
+            weights_tile(
+                model, pool, drawn, params, first, second, rates, corrections, acts, layer, step, i * BI, h * BH,
+                True, False, FEATURES, DEPTH, CLASSES, KEEP, OPTIMIZER, BI, BH, BS, PRECISION,
+            )  # fmt: skip
+        elif layer == DEPTH:
+            weights_tile(
+                model, pool, drawn, params, first, second, rates, corrections, acts, layer, step, i * BI, h * BO,
+                False, True, FEATURES, DEPTH, CLASSES, KEEP, OPTIMIZER, BI, BO, BS, PRECISION,
+            )  # fmt: skip
+        else:
+            weights_tile(
+                model, pool, drawn, params, first, second, rates, corrections, acts, layer, step, i * BI, h * BH,
+                False, False, FEATURES, DEPTH, CLASSES, KEEP, OPTIMIZER, BI, BH, BS, PRECISION,
+            )  # fmt: skip
+
+
+@_stage
+def check_stage(models, work, pool, rows, labels, drawn, params, acts, losses, wrong, blocks, s, begin, budget,
+                check_every, FEATURES: tl.constexpr, DEPTH: tl.constexpr, CLASSES: tl.constexpr, BB: tl.constexpr,
+                BC: tl.constexpr, CK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A program a (model, block of samples); losses and wrong [models, blocks] gain what it found: blocks are owned."""
+    at = work + tl.program_id(0) * 2
+    e, block = tl.load(at).to(tl.int64), tl.load(at + 1)
+    model = models + e * FIELDS
+    if _active(model, s, budget) & _due(model, s, budget, check_every) & (begin + block * BB < tl.load(model + N)):
+        loss, mistakes = check_tile(
+            model, pool, rows, labels, drawn, params, acts, begin, block,
+            FEATURES, DEPTH, CLASSES, BB, BC, CK, PRECISION,
+        )  # fmt: skip
+        to = e * blocks + block
+        if begin > 0:
+            loss += tl.load(losses + to)
+            mistakes += tl.load(wrong + to)
+        tl.store(losses + to, loss)
+        tl.store(wrong + to, mistakes)
+
+
+@_stage
+def decide_stage(models, losses, wrong, blocks, history, checks, s, budget, check_every, plateau_after,
+                 RATIO: tl.constexpr, BB: tl.constexpr):  # fmt: skip
+    """A program a model: adds up the blocks of a check, in order, and stops a model that it ends."""
+    e = tl.program_id(0).to(tl.int64)
+    model = models + e * FIELDS
+    if _active(model, s, budget) & _due(model, s, budget, check_every):
+        used = tl.cdiv(tl.minimum(tl.load(model + N), tl.load(model + ROOM)), BB)
+        total = tl.load(losses + e * blocks)
+        mistakes = tl.load(wrong + e * blocks)
+        for block in range(1, used):
+            total += tl.load(losses + e * blocks + block)
+            mistakes += tl.load(wrong + e * blocks + block)
+        taken = tl.load(model + STEP) + s + 1
+        decide(model, history + e * checks * 3, taken, total, mistakes, budget, check_every, plateau_after, RATIO)
+
+
+@triton.jit
+def decide(model, history, taken, total, mistakes, budget, check_every, plateau_after, RATIO: tl.constexpr):
+    """Keeps what a check found and stops the model if that ends it, by the rules of stopping.py; whether it does."""
+    mean = total / tl.load(model + N).to(tl.float64)
+    to = history + (tl.cdiv(taken, check_every) - 1) * 3
+    best = tl.minimum(mean, tl.load(to - 1, mask=taken > check_every, other=float("inf")))
+    tl.store(to, mean)
+    tl.store(to + 1, mistakes.to(tl.float64))
+    tl.store(to + 2, best)
+    # The last check at or before half of the steps so far.
+    half = taken // (2 * check_every) - 1
+    known = (taken >= plateau_after) & (half >= 0)
+    before = tl.load(history + half * 3 + 2, mask=known, other=float("inf"))
+    flat = known & (best > RATIO * before)
+    finite = mean - mean == 0
+    stop = (mistakes == 0) | (finite == 0) | flat | (taken >= budget)
+    if stop:
+        tl.store(model + STOPPED, 1)
+    return stop
+
+
+# Called rather than inlined: inlined, the registers of all phases together do not do, and they spill.
+_hidden = triton.jit(hidden_tile.fn, noinline=True)
+_head = triton.jit(head_tile.fn, noinline=True)
+_back = triton.jit(back_tile.fn, noinline=True)
+_check = triton.jit(check_tile.fn, noinline=True)
+_any_weights = triton.jit(any_weights_tile.fn, noinline=True)
+
+
+@_stage
+def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates, corrections, acts, losses, blocks,
+                history, checks, steps, budget, check_every, plateau_after, FULL: tl.constexpr,
+                FEATURES: tl.constexpr, DEPTH: tl.constexpr, CLASSES: tl.constexpr, ACTIVATION: tl.constexpr,
+                KEEP: tl.constexpr, OPTIMIZER: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
+                BK: tl.constexpr, CK: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BS: tl.constexpr,
+                RATIO: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A program a model: so many steps, with the checks that are due.
+
+    The barriers part what a phase stores from what the next one loads; the loops that hold both are ``while`` loops,
+    which are not pipelined.
+    """
+    e = tl.program_id(0).to(tl.int64)
+    model = models + e * FIELDS
+    width, batch, n, room = tl.load(model + WIDTH), tl.load(model + BATCH), tl.load(model + N), tl.load(model + ROOM)
+    begun = tl.load(model + STEP)
+    s = 0
+    go = (tl.load(model + STOPPED) == 0) & (begun < budget)
+    while go:
+        step = begun + s
+        block = 0
+        while block * BB < batch:
+            if DEPTH > 0:
+                h0 = 0
+                while h0 < width:
+                    _hidden(
+                        model, pool, rows, labels, drawn, params, acts, 0, 0, step, block, h0,
+                        True, True, FULL, FEATURES, DEPTH, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
+                    )  # fmt: skip
+                    h0 += BH
+                tl.debug_barrier()
+                layer = 1
+                while layer < DEPTH:
+                    h0 = 0
+                    while h0 < width:
+                        _hidden(
+                            model, pool, rows, labels, drawn, params, acts, layer, 0, step, block, h0,
+                            False, True, FULL, FEATURES, DEPTH, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
+                        )  # fmt: skip
+                        h0 += BH
+                    tl.debug_barrier()
+                    layer += 1
+            _head(
+                model, pool, rows, labels, drawn, params, acts, losses + e * blocks + block, 0, step, block,
+                FULL, FEATURES, DEPTH, CLASSES, ACTIVATION, KEEP, BB, BH, BC, CK, PRECISION,
+            )  # fmt: skip
+            tl.debug_barrier()
+            if DEPTH > 0 and BC > FUSED_CLASSES:
+                h0 = 0
+                while h0 < width:
+                    _back(
+                        model, params, acts, DEPTH, block, h0, True,
+                        FEATURES, DEPTH, CLASSES, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
+                    )  # fmt: skip
+                    h0 += BH
+                tl.debug_barrier()
+            layer = DEPTH - 1
+            while layer > 0:
+                h0 = 0
+                while h0 < width:
+                    _back(
+                        model, params, acts, layer, block, h0, False,
+                        FEATURES, DEPTH, CLASSES, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
+                    )  # fmt: skip
+                    h0 += BH
+                tl.debug_barrier()
+                layer -= 1
+            block += 1
+        layer = 0
+        while layer <= DEPTH:
+            fan_in = tl.where(layer == 0, FEATURES, width)
+            fan_out = tl.where(layer == DEPTH, CLASSES, width)
+            side = tl.where(layer == DEPTH, BO, BH)
+            i = 0
+            while i * BI < fan_in:
+                h = 0
+                while h * side < fan_out:
+                    _any_weights(
+                        model, pool, drawn, params, first, second, rates + e * RATES, corrections, acts, layer, step,
+                        i, h, FEATURES, DEPTH, CLASSES, KEEP, OPTIMIZER, BI, BH, BO, BS, PRECISION,
+                    )  # fmt: skip
+                    h += 1
+                i += 1
+            layer += 1
+        tl.debug_barrier()
+        taken = step + 1
+        go = (s + 1 < steps) & (taken < budget)
+        if (taken % check_every == 0) | (taken == budget):
+            total = tl.zeros([], dtype=tl.float64)
+            mistakes = tl.zeros([], dtype=tl.int64)
+            # By blocks of the room, each summed over the passes first: the order of the other driver.
+            used = tl.cdiv(tl.minimum(n, room), BB)
+            block = 0
+            while block < used:
+                part = tl.zeros([], dtype=tl.float64)
+                begin = 0
+                while begin + block * BB < n:
+                    if DEPTH > 0:
+                        h0 = 0
+                        while h0 < width:
+                            _hidden(
+                                model, pool, rows, labels, drawn, params, acts, 0, begin, step, block, h0,
+                                True, False, FULL, FEATURES, DEPTH, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
+                            )  # fmt: skip
+                            h0 += BH
+                        tl.debug_barrier()
+                        layer = 1
+                        while layer < DEPTH:
+                            h0 = 0
+                            while h0 < width:
+                                _hidden(
+                                    model, pool, rows, labels, drawn, params, acts, layer, begin, step, block, h0,
+                                    False, False, FULL, FEATURES, DEPTH, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
+                                )  # fmt: skip
+                                h0 += BH
+                            tl.debug_barrier()
+                            layer += 1
+                    loss, missed = _check(
+                        model, pool, rows, labels, drawn, params, acts, begin, block,
+                        FEATURES, DEPTH, CLASSES, BB, BC, CK, PRECISION,
+                    )  # fmt: skip
+                    tl.debug_barrier()
+                    part += loss
+                    mistakes += missed
+                    begin += room.to(tl.int32)
+                total += part
+                block += 1
+            stop = decide(
+                model, history + e * checks * 3, taken, total, mistakes, budget, check_every, plateau_after, RATIO
+            )
+            go = go & (stop == 0)
+        s += 1
