@@ -74,7 +74,11 @@ FIELDS: dict[str, _Help] = {
     "seed": _Help(_SEARCH, "N", "Base of all randomness of the scan."),
     "device": _Help(_MACHINE, "NAME", "Device to train on: auto, cpu, cuda or cuda:N."),
     "backend": _Help(_MACHINE, _one_of(BACKENDS), "How the models of a batch are trained."),
-    "precision": _Help(_MACHINE, _one_of(PRECISIONS), "Number format of the training; auto is float32."),
+    "precision": _Help(
+        _MACHINE,
+        _one_of(PRECISIONS),
+        "Number format of the training; auto is float32. The last three are float32 with rounded products, on a GPU.",
+    ),
 }
 
 

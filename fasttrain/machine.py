@@ -39,16 +39,16 @@ def available_bytes(device: torch.device) -> int:
     return int(_MEMORY_SHARE * free)
 
 
-def keeps_models_apart() -> bool:
-    """Whether batched products on this CPU give a model the same bits in any company.
+def keeps_models_apart(device: torch.device) -> bool:
+    """Whether batched products of torch on a device give a model the same bits in any company.
 
     Tried at sizes where MKL without its strict reproducibility mode does not (odd ones, in changed order and number).
     """
     generator = torch.Generator().manual_seed(0)
     for rows, inner, columns in ((7, 5, 3), (64, 17, 5), (33, 65, 17), (128, 5, 10), (601, 7, 1)):
-        a = torch.randn(8, rows, inner, generator=generator)
-        b = torch.randn(8, inner, columns, generator=generator)
-        order = torch.randperm(8, generator=generator)
+        a = torch.randn(8, rows, inner, generator=generator).to(device)
+        b = torch.randn(8, inner, columns, generator=generator).to(device)
+        order = torch.randperm(8, generator=generator).to(device)
         whole = torch.bmm(a, b)
         if not torch.equal(torch.bmm(a[order], b[order]), whole[order]):
             return False
@@ -63,14 +63,14 @@ def cores() -> int:
 
 
 def conditions(
-    device: torch.device, backends: Sequence[str], dtype: torch.dtype, threads: int
+    device: torch.device, backends: Sequence[str], precision: str, threads: int
 ) -> dict[str, str | int | float]:
     """What every number of a scan depends on beside its spec; kept in the file.
 
     Args:
         device: resolved.
         backends: of every variant, resolved.
-        dtype: of the training.
+        precision: of the training, resolved.
         threads: that step models.
     """
     on_cuda = device.type == "cuda"
@@ -87,9 +87,10 @@ def conditions(
         "threads": threads,
         "backend": ",".join(sorted(set(backends))),
         "variant_backends": ",".join(backends),
-        "precision": str(dtype).removeprefix("torch."),
-        "tf32": 0,
+        "precision": precision,
+        "tf32": int(precision == "tf32"),
         "generator": VERSION,
         "generator_digest": generator_digest(),
-        "bitwise_independent": int(on_cuda or set(backends) == {"native"} or keeps_models_apart()),
+        # Models never meet in native and triton; the others leave it to batched products.
+        "bitwise_independent": int(set(backends) <= {"native", "triton"} or keeps_models_apart(device)),
     }

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from fasttrain.analysis import Results, load
-from fasttrain.backends import choose, make_backend
+from fasttrain.backends import choose, configuration_text, make_backend, together
 from fasttrain.backends.base import Run, Setting
 from fasttrain.data import check
 from fasttrain.errors import UserError
 from fasttrain.machine import available_bytes, conditions, cores, resolve_device
 from fasttrain.models import parameter_count
-from fasttrain.plan import bucket, default_n_max, make_plan
+from fasttrain.plan import default_n_max, make_plan
 from fasttrain.records import Estimate, Probe, ProbeResult, Problem
 from fasttrain.search import Search
 from fasttrain.spec import ScanSpec, Variant
@@ -108,8 +108,14 @@ class _Prepared:
     backends: tuple[str, ...]  # of every variant
     workers: int
 
+    def chosen(self, variant: Variant) -> str:
+        return choose(self.setting.spec.backend, self.setting, variant)
+
     def make_backend(self, setting: Setting, variant: Variant) -> Any:
-        return make_backend(choose(setting.spec.backend, setting, variant), setting, variant)
+        return make_backend(self.chosen(variant), setting, variant)
+
+    def bucket(self, variant: Variant) -> Variant:
+        return together(self.chosen(variant), variant)
 
 
 def scan(
@@ -139,7 +145,10 @@ def scan(
     prepared = _prepare(spec)
     store = MemoryStore() if out is None else HDF5Store(out, overwrite)
     with _numerics(prepared):
-        stated = conditions(prepared.setting.device, prepared.backends, prepared.setting.dtype, prepared.workers)
+        stated = conditions(prepared.setting.device, prepared.backends, precision_name(spec), prepared.workers)
+    variants = [problem.variant for problem in prepared.problems]
+    configured = map(configuration_text, prepared.backends, [prepared.setting] * len(variants), variants)
+    stated["variant_configurations"] = ";".join(configured)
     if not stated["bitwise_independent"]:
         warnings.warn(
             "this BLAS gives a model other bits in other company: results are right, but not bitwise independent of "
@@ -171,7 +180,7 @@ def preview(spec: ScanSpec) -> Preview:
         slots=prepared.slots,
         device=str(prepared.setting.device),
         backend=",".join(sorted(set(prepared.backends))),
-        precision=str(prepared.setting.dtype).removeprefix("torch."),
+        precision=precision_name(spec),
     )
 
 
@@ -202,6 +211,11 @@ def _prepare(spec: ScanSpec) -> _Prepared:
     return _Prepared(setting, problems, plan.slots, plan.memory_bytes, backends, workers)
 
 
+def precision_name(spec: ScanSpec) -> str:
+    """The precision of a spec, ``auto`` resolved."""
+    return "float32" if spec.precision == "auto" else spec.precision
+
+
 @contextlib.contextmanager
 def _numerics(prepared: _Prepared) -> Iterator[None]:
     """Full float32 products (no TF32, no bfloat16), and on a CPU one thread inside of torch; restored afterwards.
@@ -223,7 +237,7 @@ def _numerics(prepared: _Prepared) -> Iterator[None]:
 
 def _step_seconds(prepared: _Prepared, problem: Problem) -> float:
     """Seconds of one model-step of a variant, measured on as many models as a round has."""
-    backend = prepared.make_backend(prepared.setting, bucket(problem.variant))
+    backend = prepared.make_backend(prepared.setting, prepared.bucket(problem.variant))
     n = min(problem.n_max, max(problem.n_min, problem.params // 2))
     models = min(8, prepared.slots)
     state = backend.init([Run.of(prepared.setting, problem, Probe(problem.index, n, k)) for k in range(models)])
@@ -309,7 +323,12 @@ class _Scan:
         )
         prepared = self.prepared
         self.trainer = Trainer(
-            prepared.setting, problems, prepared.make_backend, prepared.slots, workers=prepared.workers
+            prepared.setting,
+            problems,
+            prepared.make_backend,
+            prepared.slots,
+            workers=prepared.workers,
+            bucket=prepared.bucket,
         )
         status = "interrupted"
         try:
@@ -356,6 +375,7 @@ class _Scan:
         load = self.trainer.load
         return {
             "model_steps": load.model_steps,
+            "launches": load.launches,
             "occupancy": load.occupancy,
             "seconds": seconds,
             "steps_per_second": load.model_steps / seconds if seconds > 0 else 0.0,

@@ -19,8 +19,10 @@ from fasttrain.errors import UserError
 ARCHITECTURES = ("mlp",)
 OPTIMIZERS = ("sgd", "adam")
 LABELS = ("random", "true")
-BACKENDS = ("auto", "loop", "vmap", "stacked", "native")
-PRECISIONS = ("auto", "float32", "float64")
+BACKENDS = ("auto", "loop", "vmap", "stacked", "native", "triton")
+PRECISIONS = ("auto", "float32", "float64", "bf16x3", "tf32", "bf16")
+ROUNDED = ("bf16x3", "tf32", "bf16")
+"""Of these, those in which numbers are float32 and the factors of products are rounded further."""
 FULL_BATCH = 0
 """The ``batch_size`` of full-batch training; written ``full`` in a spec and on the command line."""
 
@@ -86,8 +88,9 @@ class ScanSpec:
         max_probes: at most so many probes a variant.
         seed: base of all randomness of the scan.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
-        backend: ``"auto"``, ``"vmap"`` or ``"loop"``.
-        precision: ``"auto"`` (float32), ``"float32"`` or ``"float64"``.
+        backend: a name in ``BACKENDS``.
+        precision: ``"auto"`` (float32), ``"float32"``, ``"float64"``, or float32 with products in ``"bf16x3"``,
+            ``"tf32"`` or ``"bf16"``, which the triton backend has.
 
     Raises:
         UserError: a value is out of its range; the message names the field, the value and what is accepted.

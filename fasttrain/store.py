@@ -29,6 +29,7 @@ TIMING_ATTRIBUTES = (
     "ended",
     "seconds",
     "steps_per_second",
+    "launches",
     "step_seconds",
     "check_seconds",
     "search_seconds",

@@ -32,7 +32,7 @@ class _Group:
     key: Variant
     backend: Backend[Any]
     state: Any
-    checks: int = 1
+    checks: int
 
     def turn(self, check_every: int) -> tuple[Report, float]:
         """Steps until some run ends or the turn is over; what was done, and the seconds."""
@@ -48,12 +48,14 @@ class Load:
     Attributes:
         model_steps: optimizer steps, summed over the probes.
         slot_steps: optimizer steps that all slots together could have made meanwhile; shapes take parts of a slot.
+        launches: fused kernels launched.
         step_seconds: time inside the backend.
         check_seconds: of that, time in evaluations for checks; 0 where they are a part of the kernels that train.
     """
 
     model_steps: int = 0
     slot_steps: float = 0.0
+    launches: int = 0
     step_seconds: float = 0.0
     check_seconds: float = 0.0
 
@@ -72,6 +74,7 @@ class Trainer:
         make_backend: builds the backend of a bucket, given a variant of it.
         slots: probes that train at once.
         workers: threads for the backends that may use several.
+        bucket: the key of the bucket of a variant; itself a variant.
     """
 
     def __init__(
@@ -81,12 +84,14 @@ class Trainer:
         make_backend: MakeBackend,
         slots: int,
         workers: int = 1,
+        bucket: Callable[[Variant], Variant] = bucket,
     ) -> None:
         self.load = Load()
         self.slots = slots
         self._setting = setting
         self._problems = problems
         self._make_backend = make_backend
+        self._bucket = bucket
         self._waiting: deque[Probe] = deque()
         self._backends: dict[Variant, Backend[Any]] = {}
         self._turn: deque[_Group] = deque()
@@ -137,6 +142,7 @@ class Trainer:
         self.load.step_seconds += took
         self.load.check_seconds += report.check_seconds
         self.load.model_steps += report.model_steps
+        self.load.launches += report.launches
         # All groups share the slots: while this one steps, its share of the idle slots idles too.
         self.load.slot_steps += report.model_steps * self.slots / running
         for run in runs:
@@ -170,7 +176,7 @@ class Trainer:
             self._started[probe] = time.perf_counter() - self._origin
             self._seconds[probe] = 0.0
             run = Run.of(self._setting, problem, probe)
-            new.setdefault(bucket(problem.variant), []).append(run)
+            new.setdefault(self._bucket(problem.variant), []).append(run)
         for key, runs in new.items():
             if key not in self._backends:
                 self._backends[key] = self._make_backend(self._setting, key)
@@ -178,11 +184,15 @@ class Trainer:
             most = backend.most_together
             if most is not None:
                 for start in range(0, len(runs), most):
-                    self._dispatch(_Group(key, backend, backend.init(runs[start : start + most])))
+                    self._dispatch(self._group(key, backend, runs[start : start + most]))
             elif group := next((group for group in self._turn if group.key == key), None):
                 group.state = backend.insert(group.state, runs)
             else:
-                self._dispatch(_Group(key, backend, backend.init(runs)))
+                self._dispatch(self._group(key, backend, runs))
+
+    @staticmethod
+    def _group(key: Variant, backend: Backend[Any], runs: list[Run]) -> _Group:
+        return _Group(key, backend, backend.init(runs), backend.checks_a_turn)
 
     def _timed(self, result: ProbeResult) -> ProbeResult:
         probe = result.probe

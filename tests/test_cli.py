@@ -97,7 +97,7 @@ BAD = [
     ("max-probes", "0"),
     ("seed", "-1"),
     ("device", "gpu"),
-    ("backend", "triton"),
+    ("backend", "graphs"),
     ("precision", "half"),
     ("labels", "wrong"),
     ("optimizer", "adamw"),
@@ -432,3 +432,23 @@ def test_dry_run_prints_the_cost_and_writes_nothing(replace, capsys, tmp_path):
         "Nothing was trained or written.",
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("device", "cuda:7", "not on this machine; expected one of cpu"),
+        ("backend", "triton", "it needs a CUDA device; expected auto, stacked, vmap or loop here"),
+        ("precision", "bf16x3", "only the triton backend rounds its products, and it needs a CUDA device"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_one_line_and_no_file(capsys, tmp_path, monkeypatch, option, value, words):
+    """The whole way down, on a machine that has no GPU or says so."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    path = tmp_path / "never.h5"
+    assert main(["scan", f"--{option}", value, "--out", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"fasttrain: --{option} {value}: {words}")
+    assert err.count("\n") == 1
+    assert not path.exists()

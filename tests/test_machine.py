@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fasttrain
-from fasttrain import UserError
+from fasttrain import UserError, machine
 from fasttrain.machine import available_bytes, conditions, keeps_models_apart, resolve_device
 from fasttrain.sampling import VERSION, generator_digest
 
@@ -55,7 +55,7 @@ def test_a_scan_takes_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -
 
 def test_this_machine_keeps_models_apart() -> None:
     assert os.environ["MKL_CBWR"]
-    assert keeps_models_apart()
+    assert keeps_models_apart(CPU)
 
 
 @pytest.mark.parametrize("kind", ["place", "company"])
@@ -72,17 +72,17 @@ def test_a_blas_that_does_not_is_noticed(monkeypatch: pytest.MonkeyPatch, kind: 
         return out
 
     monkeypatch.setattr(torch, "bmm", bmm)
-    assert not keeps_models_apart()
+    assert not keeps_models_apart(CPU)
 
 
 def test_the_check_draws_nothing_from_the_global_generator() -> None:
     before = torch.get_rng_state()
-    keeps_models_apart()
+    keeps_models_apart(CPU)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_conditions_name_all_that_the_numbers_depend_on() -> None:
-    found = conditions(CPU, ["vmap", "native", "vmap"], torch.float64, 3)
+    found = conditions(CPU, ["vmap", "native", "vmap"], "float64", 3)
     assert set(found) == {
         "fasttrain_version",
         "torch_version",
@@ -119,9 +119,18 @@ def test_conditions_name_all_that_the_numbers_depend_on() -> None:
     }
     assert {name: found[name] for name in expected} == expected
     assert {name for name, value in found.items() if not value} == {"tf32"}
-    assert conditions(CPU, ["loop"], torch.float32, 1)["precision"] == "float32"
+    assert conditions(CPU, ["loop"], "float32", 1)["precision"] == "float32"
+    assert conditions(CPU, ["triton"], "tf32", 1)["tf32"] == 1
+
+
+@pytest.mark.parametrize(("backends", "expected"), [(["native", "triton"], 1), (["triton", "vmap"], 0)])
+def test_only_products_of_torch_leave_independence_to_a_library(
+    monkeypatch, backends: list[str], expected: int
+) -> None:
+    monkeypatch.setattr(machine, "keeps_models_apart", lambda device: False)
+    assert conditions(CPU, backends, "float32", 1)["bitwise_independent"] == expected
 
 
 def test_conditions_are_plain_values() -> None:
     """They become attributes of the file and JSON."""
-    assert {type(value) for value in conditions(CPU, ["loop"], torch.float32, 1).values()} <= {str, int, float}
+    assert {type(value) for value in conditions(CPU, ["loop"], "float32", 1).values()} <= {str, int, float}

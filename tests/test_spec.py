@@ -88,7 +88,7 @@ BAD = [
     ("device", "gpu", "cuda:N"),
     ("device", "cuda:", "cuda:N"),
     ("device", None, "cuda:N"),
-    ("backend", "triton", "loop, vmap"),
+    ("backend", "cuda-graph", "loop, vmap"),
     ("precision", "float16", "float32, float64"),
 ]
 

@@ -1,3 +1,4 @@
+import dataclasses
 import threading
 import time
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ class FakeBackend:
 
     name = "fake"
     most_together = None
+    checks_a_turn = 1
 
     def __init__(self, variant: Variant, log: Log) -> None:
         self.variant = variant
@@ -73,7 +75,7 @@ class FakeBackend:
             state.clock += steps
             made += steps * len(state.runs)
         self.log.stepped.append((self.variant, state.clock - begun, [run.probe for run in state.runs]))
-        return Report(ended, made)
+        return Report(ended, made, check_seconds=2.0**-20, launches=3)
 
 
 def lasts(probe: Probe) -> int:
@@ -354,3 +356,45 @@ def test_close_ends_the_workers_though_probes_are_left() -> None:
     trainer.advance()
     trainer.close()
     assert not [thread for thread in threading.enumerate() if thread.name in threads.names]
+
+
+@pytest.mark.parametrize(("checks", "steps"), [(1, 10), (3, 30)])
+def test_a_turn_makes_as_many_checks_as_the_backend_asks_for(
+    monkeypatch: pytest.MonkeyPatch, checks: int, steps: int
+) -> None:
+    monkeypatch.setattr(FakeBackend, "checks_a_turn", checks)
+    trainer, log = setup(4)
+    trainer.submit([Probe(0, 20, 9), Probe(0, 30, 8)])
+    trainer.advance()
+    assert [stepped for _, stepped, _ in log.stepped] == [steps]
+
+
+def test_launches_and_time_of_checks_add_up() -> None:
+    trainer, log = setup(4, widths=(4, 8))
+    trainer.submit(some_probes(9, 2))
+    drive(trainer)
+    assert trainer.load.launches == 3 * len(log.stepped)
+    assert trainer.load.check_seconds == len(log.stepped) * 2.0**-20
+
+
+def test_buckets_are_those_of_the_backend() -> None:
+    """Where widths share launches, they share a state."""
+    made = []
+
+    class Wide(FakeBackend):
+        def _take(self, runs: Sequence[Run]) -> list[Run]:
+            return list(runs)
+
+    trainer, log = setup(6, widths=(4, 8, 16))
+
+    def make(_: object, variant: Variant) -> Wide:
+        made.append(variant.width)
+        return Wide(variant, log)
+
+    wide = lambda variant: dataclasses.replace(bucket(variant), width=16)  # noqa: E731
+    shared = Trainer(trainer._setting, trainer._problems, make, 6, bucket=wide)
+    shared.submit([Probe(k % 3, 20 + k, 2) for k in range(6)])
+    shared.advance()
+    assert made == [16]
+    ((_, _, probes),) = log.stepped
+    assert len({probe.variant for probe in probes}) == 3

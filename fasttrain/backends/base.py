@@ -91,6 +91,15 @@ class Run:
         rules = self.monitor.rules
         return self.step > 0 and self.step == rules.next_check(self.step - 1)
 
+    def observe_all(self, checks: np.ndarray) -> ProbeResult | None:
+        """``observe`` for all checks of a run that has come to its last one.
+
+        Args:
+            checks: float64 [K, 2], mean loss and number of samples not strictly right; only the last may end the run.
+        """
+        self.monitor.record(checks[:-1, 0], checks[:-1, 1], self.probe.n)
+        return self.observe(float(checks[-1, 0]), int(checks[-1, 1]))
+
     def observe(self, loss: float, wrong: int) -> ProbeResult | None:
         """Tells the monitor what a check found; the result if this ended the run."""
         outcome = self.monitor.observe(self.step, loss, wrong, self.probe.n)
@@ -116,11 +125,13 @@ class Report:
         ended: (position in ``state.runs``, result) of the runs that ended; they are no longer stepped.
         model_steps: optimizer steps made, summed over the runs.
         check_seconds: time that the evaluations for checks took; 0 where they are a part of the kernels that train.
+        launches: fused kernels launched, by backends that have some.
     """
 
     ended: list[tuple[int, ProbeResult]]
     model_steps: int
     check_seconds: float = 0.0
+    launches: int = 0
 
 
 class State(Protocol):
@@ -143,10 +154,13 @@ class Backend(Protocol, Generic[S]):
         name: as in a spec.
         most_together: None where company makes a step cheaper: all runs of a bucket share one state, and states take
             turns. Otherwise the runs a state should hold at most; several threads may then run several states.
+        checks_a_turn: checks that a state should make before another one takes its turn: more than one where asking
+            whether a run has ended costs much.
     """
 
     name: str
     most_together: int | None
+    checks_a_turn: int
 
     def init(self, runs: Sequence[Run]) -> S:
         """A state with these runs at step 0; at least one."""
@@ -154,14 +168,14 @@ class Backend(Protocol, Generic[S]):
     def run(self, state: S, until_step: int) -> Report:
         """Steps all runs, checking each on its whole training set where its rules say so.
 
-        Returns when ``state.clock`` is ``until_step``, or earlier at a check at which a run ended.
+        Returns when ``state.clock`` is ``until_step``, or at a check before it at which a run ended.
         """
 
     def select(self, state: S, keep: Sequence[int]) -> S:
-        """The state with the runs at these positions only, in this order; at least one."""
+        """The state with the runs at these positions only, in this order; at least one. The given one is used up."""
 
     def insert(self, state: S, runs: Sequence[Run]) -> S:
-        """The state with these runs, at step 0, behind the others."""
+        """The state with these runs, at step 0, behind the others. The given one is used up."""
 
     def parameters(self, state: S, position: int) -> dict[str, np.ndarray]:
         """The parameters of one run as they are now, float64, by name."""

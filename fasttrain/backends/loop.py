@@ -41,6 +41,7 @@ class LoopBackend:
 
     name = "loop"
     most_together: int | None = None
+    checks_a_turn = 1
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting

@@ -42,6 +42,7 @@ class NativeBackend:
 
     name = "native"
     most_together: int | None = 1
+    checks_a_turn = 1
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting

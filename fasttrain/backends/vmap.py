@@ -1,13 +1,14 @@
 """torch.func over stacked parameters: all models of a bucket in one vmapped gradient, recorded once as a graph."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, grad_and_value, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fasttrain.activations import ACTIVATIONS
@@ -15,13 +16,14 @@ from fasttrain.backends.base import Report, Run, Setting
 from fasttrain.ensemble import Layout, Stack, padded_index
 from fasttrain.kernels.reference import cross_entropy, strictly_right
 from fasttrain.models import MLP
-from fasttrain.optim import OPTIMIZERS
+from fasttrain.optim import OPTIMIZERS, Optimizer
 from fasttrain.spec import FULL_BATCH, Variant
 
 _CHUNK = 128  # samples a pass over a whole training set takes at once; a constant, so that no bit depends on the others
 # Elements of a hidden layer that a model must fill for an approximated activation to treat it alike wherever it lies:
 # two AVX-512 registers of float32 for each of two threads (docs/decisions/0002-bitwise-on-cpu.md).
 _WHOLE = 64
+_MOST_CLASSES = 4096  # of the fused head, whose logits stay in registers
 _PASS_BYTES = 64 * 2**20  # inputs and activations of one pass
 
 
@@ -53,13 +55,15 @@ class VmapBackend:
 
     name = "vmap"
     most_together: int | None = None
+    checks_a_turn = 1
 
     def __init__(self, setting: Setting, variant: Variant) -> None:
         self._setting = setting
         self._variant = variant
         self._full = variant.batch_size == FULL_BATCH
         self._spare_rows = -variant.batch_size % _row_multiple(variant)
-        self._optimizer = OPTIMIZERS[variant.optimizer]
+        self._fused = variant.classes <= _MOST_CLASSES and _kernels_run(setting.device)
+        self._optimizer = _fused_optimizer(variant.optimizer) if self._fused else OPTIMIZERS[variant.optimizer]
         self._model = MLP(variant, setting.features).to(setting.device, setting.dtype)
         self._layout = Layout({name: tuple(p.shape) for name, p in self._model.named_parameters()})
         self._eye = torch.eye(variant.classes, device=setting.device, dtype=setting.dtype)
@@ -242,7 +246,8 @@ class VmapBackend:
         return losses.tolist(), wrong.tolist()
 
     def _gradient(self, *args: torch.Tensor) -> torch.Tensor:
-        return self._traced("gradient", self._loss_and_gradient, *args)
+        function = self._loss_and_fused_gradient if self._fused else self._loss_and_gradient
+        return self._traced("gradient", function, *args)
 
     def _traced(self, name: str, function: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
         """The function through a graph recorded at its first call with so many models (vmap's own layer is slow)."""
@@ -267,16 +272,65 @@ class VmapBackend:
             view.copy_(found[name])
         return losses
 
-    def _check(self, params: torch.Tensor, x: torch.Tensor, onehot: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        def logits(p: dict, x: torch.Tensor) -> torch.Tensor:
+    def _loss_and_fused_gradient(
+        self,
+        params: torch.Tensor,
+        grads: torch.Tensor,
+        x: torch.Tensor,
+        onehot: torch.Tensor,
+        weight: torch.Tensor,
+    ) -> torch.Tensor:
+        """The same, with loss and gradient of the logits in one kernel between the passes through the module."""
+        logits, pull_back = vjp(lambda p: self._logits(p, x), self._layout.views(params))  # type: ignore[misc]
+        losses, delta = torch.ops.fasttrain.head(logits, onehot, weight)
+        (found,) = pull_back(delta)
+        for name, view in self._layout.views(grads).items():
+            view.copy_(found[name])
+        return losses
+
+    def _logits(self, p: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        def one(p: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
             return functional_call(self._model, p, (x,))
 
-        out = vmap(logits)(self._layout.views(params), x)
+        return vmap(one)(p, x)
+
+    def _check(self, params: torch.Tensor, x: torch.Tensor, onehot: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        out = self._logits(self._layout.views(params), x)
+        if self._fused:
+            return torch.ops.fasttrain.check(out, onehot, weight)
         loss = cross_entropy(out.double(), onehot.double())
         valid = weight > 0
         wrong = valid & ~strictly_right(out, onehot)
         mean = torch.where(valid, loss, 0.0).sum(1) * weight[:, 0].double()
         return torch.stack([mean, wrong.double().sum(1)])
+
+
+def _kernels_run(device: torch.device) -> bool:
+    """Whether the fused head and update can be had: on CUDA, or under Triton's interpreter."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    try:
+        from fasttrain.kernels import rows
+    except ImportError:
+        return False
+    return rows.MOST_CLASSES == _MOST_CLASSES
+
+
+def _fused_optimizer(name: str) -> Optimizer:
+    """The optimizer with its update in one kernel; the same bits."""
+    from fasttrain.kernels import rows
+
+    class Fused(type(OPTIMIZERS[name])):  # type: ignore[misc]
+        def accumulator(self, state: list[torch.Tensor], row: list[torch.Tensor]) -> None:
+            """None: the kernel reads the gradient."""
+
+        def update(
+            self, params: torch.Tensor, grads: torch.Tensor, state: list[torch.Tensor], row: list[torch.Tensor]
+        ) -> None:
+            """One step."""
+            rows.update(name, params, grads, state, row)
+
+    return Fused()
 
 
 def _row_multiple(variant: Variant) -> int:

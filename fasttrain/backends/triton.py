@@ -1,0 +1,166 @@
+"""Fused Triton kernels: models of many widths in the same launches, which check and stop them by themselves."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from fasttrain.backends.base import Report, Run, Setting
+from fasttrain.kernels import fused
+from fasttrain.kernels.configurations import Configuration, configuration, width_class
+from fasttrain.spec import FULL_BATCH, Variant
+from fasttrain.stopping import PLATEAU_AFTER, PLATEAU_RATIO
+
+PRODUCTS = {"auto": "ieee", "float32": "ieee", "float64": "ieee", "bf16x3": "bf16x3", "tf32": "tf32", "bf16": "bf16"}
+"""What the products are made of, by the precision of a spec."""
+
+
+@dataclass(slots=True, eq=False)
+class TritonState:
+    """Runs whose models train in the same launches."""
+
+    runs: list[Run]
+    models: fused.Models
+    clock: int = field(default=0)
+
+
+class TritonBackend:
+    """``Backend`` in fused kernels for multilayer perceptrons of one width class (``group``), on CUDA.
+
+    A state is changed in place: after ``select`` and ``insert`` the one that was given is the one returned.
+    """
+
+    name = "triton"
+    most_together: int | None = None
+    checks_a_turn = 4
+
+    def __init__(self, setting: Setting, variant: Variant) -> None:
+        self._setting = setting
+        rules = setting.spec
+        self._shape = fused.Shape(
+            features=setting.features,
+            classes=variant.classes,
+            depth=variant.depth,
+            activation=_activation(variant),
+            optimizer=variant.optimizer,
+            batch=0 if variant.batch_size == FULL_BATCH else variant.batch_size,
+            precision=PRODUCTS[rules.precision],
+            budget=rules.steps,
+            check_every=min(rules.check_every, rules.steps),
+            plateau_after=math.ceil(PLATEAU_AFTER * rules.steps),
+            plateau_ratio=PLATEAU_RATIO,
+        )
+        self._configuration = configured(setting, variant)
+
+    def init(self, runs: Sequence[Run]) -> TritonState:
+        """See ``Backend``."""
+        models = fused.Models(self._shape, self._configuration, self._setting.device, self._setting.dtype)
+        models.add([self._model(run) for run in runs])
+        return TritonState(list(runs), models)
+
+    def select(self, state: TritonState, keep: Sequence[int]) -> TritonState:
+        """See ``Backend``."""
+        state.models.keep(keep)
+        state.runs = [state.runs[i] for i in keep]
+        return state
+
+    def insert(self, state: TritonState, runs: Sequence[Run]) -> TritonState:
+        """See ``Backend``."""
+        state.models.add([self._model(run) for run in runs])
+        state.runs = [*state.runs, *runs]
+        return state
+
+    def parameters(self, state: TritonState, position: int) -> dict[str, np.ndarray]:
+        """See ``Backend``."""
+        out = {}
+        for layer, (weight, bias) in enumerate(state.models.weights(position)):
+            out[f"layers.{layer}.weight"], out[f"layers.{layer}.bias"] = weight, bias
+        return out
+
+    def run(self, state: TritonState, until_step: int) -> Report:
+        """Steps all runs until ``state.clock`` is ``until_step``; one that a check ends stands still from there on."""
+        steps, launches = until_step - state.clock, state.models.launches
+        state.models.run(steps)
+        state.clock = until_step
+        ended = np.flatnonzero(state.models.ended()).tolist()
+        before = sum(run.step for run in state.runs)
+        for run, loss in zip(state.runs, state.models.batch_losses().tolist(), strict=True):
+            run.step = min(run.step + steps, self._shape.budget)
+            run.batch_loss = loss
+        results = []
+        for position, checks in zip(ended, state.models.history(ended), strict=True):
+            run = state.runs[position]
+            run.step = run.monitor.rules.step_of(len(checks))
+            result = run.observe_all(checks)
+            assert result is not None, "a kernel ended a run that the stop rules let go on"
+            results.append((position, result))
+        return Report(
+            ended=results,
+            model_steps=sum(run.step for run in state.runs) - before,
+            launches=state.models.launches - launches,
+        )
+
+    def _model(self, run: Run) -> fused.Model:
+        variant = run.problem.variant
+        drawn = list(run.initial_weights(self._setting).values())
+        return fused.Model(
+            width=variant.width,
+            inputs=run.task.pool,
+            rows=run.task.rows,
+            labels=run.task.y,
+            key=run.key,
+            rates=(variant.lr, variant.momentum, 0.0),
+            weights=list(zip(drawn[::2], drawn[1::2], strict=True)),
+        )
+
+
+def group(variant: Variant) -> int:
+    """The width that stands for all whose models share launches with those of a variant."""
+    return width_class(variant.width) if variant.depth else 0
+
+
+def configured(setting: Setting, variant: Variant) -> Configuration:
+    """The launch configuration of a variant that ``unavailable`` has nothing against."""
+    return configuration(
+        width=variant.width,
+        features=setting.features,
+        classes=variant.classes,
+        depth=variant.depth,
+        batch=0 if variant.batch_size == FULL_BATCH else variant.batch_size,
+        precision=PRODUCTS[setting.spec.precision],
+        target=_target(setting.device),
+    )
+
+
+def unavailable(setting: Setting, variant: Variant) -> str | None:
+    """Why this backend cannot train a variant here, or None if it can."""
+    if setting.device.type != "cuda" and not fused.INTERPRETED:
+        return "it needs a CUDA device"
+    if _activation(variant) not in fused.ACTIVATIONS:
+        return f"it has no activation {variant.activation}"
+    if variant.optimizer not in fused.OPTIMIZERS:
+        return f"it has no optimizer {variant.optimizer}"
+    for what, size, most in (
+        ("width", variant.width, fused.MOST_WIDTH),
+        ("number of classes", variant.classes, fused.MOST_CLASSES),
+    ):
+        if size > most:
+            return f"its largest {what} is {most:,}, not {size:,}"
+    if setting.device.type == "cuda" and torch.cuda.get_device_capability(setting.device) < (8, 0):
+        return "it needs compute capability 8.0"
+    return None
+
+
+def _target(device: torch.device) -> int:
+    """Compute capability times ten; of what the interpreter stands in for, 9.0."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _activation(variant: Variant) -> str:
+    """The linear classifier has none."""
+    return variant.activation if variant.depth else "identity"
