@@ -1,4 +1,4 @@
-"""``python -m benchmarks peers|scan|profile``."""
+"""``python -m benchmarks peers|scan|profile|gpu|tune``."""
 
 import csv
 import datetime
@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import click
+import torch
 
 from benchmarks import peers, profiles, scans
 from benchmarks.work import Case
@@ -94,6 +95,45 @@ def profile_command(backend: str, shape: str, models: int, steps: int) -> None:
     """Where the time of a step goes."""
     batch, features, width = (int(part) for part in shape.split(","))
     profiles.run(Case(batch, features, width, models=models), backend, steps)
+
+
+def _cuda() -> None:
+    """Ends with one line where there is no GPU."""
+    if not torch.cuda.is_available():
+        click.echo("Error: this needs a CUDA device, and there is none.", err=True)
+        sys.exit(2)
+
+
+@main.command("gpu")
+@_OUT
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--seconds", type=float, default=0.5, show_default=True, help="Of one contender in one repeat, about.")
+@click.option("--only", help="Only the cases whose name contains this, such as d=784.")
+def gpu_command(repeats: int, seconds: float, only: str | None, out: Path) -> None:
+    """The fused kernels against peers and the device's own floor; writes gpu.csv and gpu.json."""
+    _cuda()
+    from benchmarks import gpu
+
+    rows, facts, good = gpu.run(repeats, seconds, only)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "gpu.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, gpu.COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    device = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": version("triton")}
+    (out / "gpu.json").write_text(json.dumps({**conditions(), **device, **facts}, indent=1) + "\n", encoding="utf-8")
+    if not good:
+        sys.exit(1)
+
+
+@main.command("tune")
+@click.option("--seconds", type=float, default=0.1, show_default=True, help="Of one candidate, about.")
+def tune_command(seconds: float) -> None:
+    """Tries launch configurations on this GPU; writes its rows of kernels/configurations.csv."""
+    _cuda()
+    from benchmarks import tune
+
+    tune.write(tune.run(seconds))
 
 
 if __name__ == "__main__":

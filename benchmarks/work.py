@@ -1,6 +1,7 @@
 """The work that all contenders do, the contenders, and the check that they do it."""
 
 import concurrent.futures
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch.func import functional_call, grad, vmap
 
-from fasttrain.backends import choose, make_backend
+from fasttrain.backends import choose, make_backend, together
 from fasttrain.backends.base import Run, Setting
 from fasttrain.machine import cores
 from fasttrain.models import MLP
@@ -23,7 +24,7 @@ BLOCK = 20  # steps whose minibatches are drawn before the clock starts, and use
 
 @dataclass(frozen=True)
 class Case:
-    """Models of one shape: B samples a minibatch, I inputs, H width, L depth, 10 classes; float32, momentum 0.9."""
+    """Models of one shape: B samples a minibatch, I inputs, H width, L depth, 10 classes; momentum 0.9."""
 
     batch: int
     features: int
@@ -31,6 +32,11 @@ class Case:
     depth: int = 1
     optimizer: str = "sgd"
     models: int = 64
+    device: str = "cpu"
+
+    def of(self, models: int) -> "Case":
+        """The same with so many models."""
+        return dataclasses.replace(self, models=models)
 
     @property
     def name(self) -> str:
@@ -54,7 +60,7 @@ class Case:
     def _layers(self) -> list[tuple[int, int]]:
         return list(itertools.pairwise([self.features, *[self.width] * self.depth, 10]))
 
-    def setting(self, dtype: torch.dtype, steps: int) -> Setting:
+    def setting(self, dtype: torch.dtype, steps: int, precision: str | None = None) -> Setting:
         """The scan that this would be; a run is looked at once, at its end."""
         spec = ScanSpec(
             widths=self.width,
@@ -66,8 +72,10 @@ class Case:
             steps=steps,
             check_every=steps,
             seed=1,
+            device=self.device,
+            precision=precision or str(dtype).removeprefix("torch."),
         )
-        return Setting(spec, self.features, torch.device("cpu"), dtype)
+        return Setting(spec, self.features, torch.device(self.device), dtype)
 
     def runs(self, setting: Setting, models: int) -> list[Run]:
         """Runs that differ in their seed."""
@@ -129,12 +137,13 @@ class TorchVmap:
         data = Stacked(case, models)
         setting = case.setting(torch.float32, 10**6)
         model = MLP(setting.spec.variants(10)[0], case.features)
-        self.params = {name: torch.from_numpy(value) for name, value in data.weights.items()}
+        device = torch.device(case.device)
+        self.params = {name: torch.as_tensor(value, device=device) for name, value in data.weights.items()}
         self.moments = [{name: torch.zeros_like(p) for name, p in self.params.items()} for _ in range(2)]
-        self.x, self.y = torch.from_numpy(data.x), torch.from_numpy(data.y)
-        self.batches = torch.from_numpy(data.batches)
+        self.x, self.y = torch.as_tensor(data.x, device=device), torch.as_tensor(data.y, device=device)
+        self.batches = torch.as_tensor(data.batches, device=device)
         self.done = 0
-        row = torch.arange(models)[:, None]
+        row = torch.arange(models, device=device)[:, None]
 
         def loss(p, x, y):
             return torch.nn.functional.cross_entropy(functional_call(model, p, (x,)), y)
@@ -164,7 +173,7 @@ class TorchVmap:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Parameters [E, ...] by name."""
-        return {name: value.numpy() for name, value in self.params.items()}
+        return {name: value.cpu().numpy() for name, value in self.params.items()}
 
 
 class Jax:
@@ -255,7 +264,7 @@ def scikit_learn(case: Case) -> Steps:
 
 def _own(case: Case, name: str, dtype: torch.dtype, steps: int, models: int, nudge: float = 0.0) -> np.ndarray:
     setting = case.setting(dtype, 10**6)
-    backend = make_backend(name, setting, setting.spec.variants(10)[0])
+    backend = make_backend(name, setting, together(name, setting.spec.variants(10)[0]))
     runs = case.runs(setting, models)
     for run in runs:
         run.task = type(run.task)(run.task.pool * (1 + nudge), run.task.rows, run.task.y)
@@ -267,9 +276,10 @@ def _own(case: Case, name: str, dtype: torch.dtype, steps: int, models: int, nud
 
 def conforms(case: Case, name: str) -> bool:
     """Whether one of our backends follows the oracle in float64, to what 4 units of rounding in the inputs do to it."""
-    truth = _own(case, "loop", torch.float64, 30, 3)
+    oracle = dataclasses.replace(case, device="cpu")
+    truth = _own(oracle, "loop", torch.float64, 30, 3)
     size = np.abs(truth).max()
-    bound = 30 * np.abs(_own(case, "loop", torch.float64, 30, 3, 4 * 2.0**-52) - truth).max() / size + 64 * 2.0**-52
+    bound = 30 * np.abs(_own(oracle, "loop", torch.float64, 30, 3, 4 * 2.0**-52) - truth).max() / size + 64 * 2.0**-52
     return bool(np.abs(_own(case, name, torch.float64, 30, 3) - truth).max() / size <= bound)
 
 
