@@ -28,11 +28,11 @@ scan: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreter
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -m "not gpu"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreter
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu

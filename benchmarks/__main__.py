@@ -1,4 +1,4 @@
-"""``python -m benchmarks peers|scan|profile|gpu|tune``."""
+"""``python -m benchmarks peers|scan|precision|profile|gpu|tune``."""
 
 import csv
 import datetime
@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks import peers, profiles, scans
+from benchmarks import peers, precision, profiles, scans
 from benchmarks.work import Case
 from fasttrain.machine import cores
 
@@ -84,6 +84,18 @@ def scan_command(quick: bool, out: Path, seconds: float) -> None:
     facts = scans.run(quick, seconds)
     out.mkdir(parents=True, exist_ok=True)
     (out / "scan.json").write_text(json.dumps({**conditions(), **facts}, indent=1) + "\n", encoding="utf-8")
+
+
+@main.command("precision")
+@_OUT
+@click.option("--widths", default="8,16,24", show_default=True)
+@click.option("--tolerance", type=float, default=0.05, show_default=True)
+@click.option("--max-probes", type=click.IntRange(1), default=96, show_default=True)
+def precision_command(widths: str, tolerance: float, max_probes: int, out: Path) -> None:
+    """What rounded products do to EMC50, emulated on a CPU; writes precision.json."""
+    found = precision.run(tuple(int(part) for part in widths.split(",")), tolerance, max_probes)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "precision.json").write_text(json.dumps({**conditions(), "rows": found}, indent=1) + "\n", encoding="utf-8")
 
 
 @main.command("profile")

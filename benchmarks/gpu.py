@@ -1,10 +1,14 @@
 """The fused kernels on a GPU: against peers, against the floor that the device itself sets, and a whole scan."""
 
+import contextlib
+import dataclasses
+import functools
 import gc
 import itertools
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import click
 import torch
@@ -12,9 +16,10 @@ import torch
 import fasttrain
 from benchmarks import scans, work
 from benchmarks.work import BLOCK, Case, Stacked
-from fasttrain.backends import make_backend, together
+from fasttrain.backends import base, make_backend, together
 from fasttrain.backends.base import Run
-from fasttrain.kernels import reference
+from fasttrain.kernels import fused, reference
+from fasttrain.optim import OPTIMIZERS
 from fasttrain.records import Probe, Problem
 from fasttrain.spec import ScanSpec
 
@@ -61,8 +66,11 @@ class GraphedBmm:
                 w.sub_(into[0], alpha=0.01)
                 b.sub_(into[1], alpha=0.01)
 
+        # A graph reads addresses: what they hold must live as long as it.
+        self._kept = (first, x, y, batches, row, classes, weight)
         held = {name: p.clone() for name, p in self.params.items()}
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step(batches[0])
         torch.cuda.current_stream().wait_stream(stream)
@@ -105,14 +113,21 @@ class Fused:
                 known[1].insert(known[2], runs)
 
     def __call__(self, steps: int) -> None:
-        """So many steps of all models."""
-        for _, backend, state in self.states:
-            backend.run(state, state.clock + steps)
+        """So many steps of all models; not looked at in between, as within a turn of a scan."""
+        for _, _, state in self.states:
+            advance(state.models, steps)
 
     @property
     def launches(self) -> int:
         """Kernels launched so far."""
         return sum(state.models.launches for _, _, state in self.states)
+
+
+def advance(models: fused.Models, steps: int) -> None:
+    """So many steps: of programs that make whole steps in one launch, of stages by the graph of a block."""
+    assert steps % BLOCK == 0
+    for _ in range(1 if models.config.whole else steps // BLOCK):
+        models.run(steps if models.config.whole else BLOCK)
 
 
 def floor_us(case: Case, copy: float, flops: float) -> float:
@@ -159,17 +174,50 @@ def _contenders(case: Case, compiled: bool) -> dict[str, tuple[Callable[[], Call
         f"fasttrain {precision}": (lambda precision=precision: Fused([case], precision), case.models)
         for precision in PRECISIONS
     }
+    out["vmap, fused head and update"] = (lambda: Vmap(case, True), case.models)
+    out["vmap, torch's"] = (lambda: Vmap(case, False), case.models)
     out["CUDA-graphed bmm"] = (lambda: GraphedBmm(case, case.models), case.models)
     out["eager loop"] = (lambda: work.eager_loop(case.of(few)), few)
+    if _jax_has_a_gpu():
+        out["JAX vmap+jit"] = (lambda: work.Jax(case, case.models), case.models)
     if compiled:
         out["compiled vmap"] = (lambda: work.TorchVmap(case, case.models, compiled=True), case.models)
     return out
+
+
+def _jax_has_a_gpu() -> bool:
+    # Before its first import: it would take three quarters of the memory, and multiply in TF32.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")
+    try:
+        import jax
+    except ImportError:
+        return False
+    return any(device.platform == "gpu" for device in jax.devices())
+
+
+class Vmap:
+    """The vmap backend, with the fused head and update or with torch's."""
+
+    def __init__(self, case: Case, fused: bool) -> None:
+        setting = case.setting(torch.float32, 10**9)
+        (variant,) = setting.spec.variants(10)
+        self.backend = make_backend("vmap", setting, variant)
+        if not fused:
+            self.backend._fused, self.backend._optimizer = False, OPTIMIZERS[variant.optimizer]
+        self.state = self.backend.init(case.runs(setting, case.models))
+
+    def __call__(self, steps: int) -> None:
+        """So many steps of all models."""
+        self.backend.run(self.state, self.state.clock + steps)
 
 
 def measure(
     case: Case, repeats: int, budget: float, compiled: bool, copy: float, peaks: dict[str, float]
 ) -> list[dict]:
     """A row for each contender: medians of interleaved repeats."""
+    peers = {"CUDA-graphed bmm": GraphedBmm, "compiled vmap": work.TorchVmap, "JAX vmap+jit": work.Jax}
+    checked: dict[str, bool] = {}
     good = work.conforms(case.of(3), "triton")
     rates: dict[str, list[float]] = {}
     launches: dict[str, float] = {}
@@ -179,9 +227,12 @@ def measure(
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+            run = None
             try:
                 run = make()
                 run(BLOCK)
+                if name in peers and name not in checked:
+                    checked[name] = work.peer_conforms(case, peers[name])
                 before = getattr(run, "launches", 0)
                 run(BLOCK)
                 launches[name] = (getattr(run, "launches", 0) - before) / BLOCK
@@ -197,7 +248,7 @@ def measure(
         rate = statistics.median(found)
         values = (
             case.name, name, rate, min(found), max(found), repeats, floor, rate * floor / 1e6,
-            launches[name], memory[name], good if name.startswith("fasttrain") else None,
+            launches[name], memory[name], good if name.startswith("fasttrain") else checked.get(name),
         )  # fmt: skip
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
@@ -207,10 +258,11 @@ def table(rows: list[dict]) -> bool:
     """Prints the rows of a case; no ratio where ours does not conform."""
     click.echo(f"\n{rows[0]['case']}")
     rate = {row["contender"]: row["model_steps_per_s"] for row in rows}
-    best = max((r for name, r in rate.items() if not name.startswith("fasttrain")), default=float("nan"))
-    good = all(row["conforms"] is not False for row in rows)
+    peers = [r for r in rows if not r["contender"].startswith(("fasttrain", "vmap")) and r["conforms"] is not False]
+    best = max((row["model_steps_per_s"] for row in peers), default=float("nan"))
+    good = all(row["conforms"] is not False for row in rows if row["contender"].startswith("fasttrain"))
     for row in rows:
-        line = f"  {row['contender']:20}{row['model_steps_per_s']:14,.0f}/s  [{row['low']:,.0f}, {row['high']:,.0f}]"
+        line = f"  {row['contender']:28}{row['model_steps_per_s']:14,.0f}/s  [{row['low']:,.0f}, {row['high']:,.0f}]"
         line += f"  {row['share_of_floor']:.0%} of the floor  {row['peak_gib']:.1f} GiB"
         if row["contender"].startswith("fasttrain"):
             loop = rate.get("eager loop", float("nan"))
@@ -218,6 +270,8 @@ def table(rows: list[dict]) -> bool:
             line += (
                 f"  {here / loop:,.0f}x the loop, {here / best:.2f}x the best peer" if good else "  does not conform"
             )
+        elif row["conforms"] is False:
+            line += "  does not conform: not compared with"
         click.echo(line)
     return good
 
@@ -258,10 +312,11 @@ def ragged(repeats: int, budget: float, copy: float, peaks: dict[str, float]) ->
 def whole_scan(budget: float) -> dict:
     """A scan of sixteen widths from end to end, against the sequential script on the same GPU."""
     spec = ScanSpec(widths=tuple(range(8, 129, 8)), device="cuda")
+    fasttrain.scan(dataclasses.replace(spec, steps=200, max_probes=4))  # compiles
     begin = time.perf_counter()
     results = fasttrain.scan(spec)
     wall = time.perf_counter() - begin
-    by_width, agree, count = scans.script_seconds(results, budget)
+    by_width, agree, count = scans.script_seconds(results, budget, torch.device("cuda"))
     attrs = results.attrs
     click.echo(
         f"\nscan of 16 widths: {wall:.1f} s on {attrs['variant_backends']}, {attrs['launches']:,} launches, "
@@ -288,10 +343,26 @@ def many(count: int = 10_000) -> dict:
     backend = make_backend("triton", setting, together("triton", variant))
     state = backend.init(runs)
     backend.run(state, BLOCK)
-    rate = _rate(lambda steps: backend.run(state, state.clock + steps), count, 2.0)
+    rate = _rate(lambda steps: advance(state.models, steps), count, 2.0)
     gib = torch.cuda.max_memory_allocated() / 2**30
     click.echo(f"{count:,} models of (784, 64, 10): {gib:.1f} GiB, {rate:,.0f} model-steps/s")
     return {"models": count, "gib": gib, "model_steps_per_s": rate}
+
+
+@contextlib.contextmanager
+def data_drawn_once() -> Iterator[None]:
+    """Contenders of the same inputs share them: a thousand sets of 512 x 3,072 normal numbers take a while to draw."""
+    draw = base.task
+
+    @functools.lru_cache(MODELS + 16)
+    def kept(data: str, spec_seed: int, labels: str, classes: int, seed: int, n: int):
+        return draw(ScanSpec(data=data, seed=spec_seed), labels, classes, seed, n)
+
+    base.task = lambda spec, labels, classes, seed, n: kept(spec.data, spec.seed, labels, classes, seed, n)
+    try:
+        yield
+    finally:
+        base.task = draw
 
 
 def run(repeats: int, budget: float, only: str | None) -> tuple[list[dict], dict, bool]:
@@ -302,15 +373,16 @@ def run(repeats: int, budget: float, only: str | None) -> tuple[list[dict], dict
     click.echo("products, TFLOP/s: " + ", ".join(f"{name} {rate / 1e12:.1f}" for name, rate in peaks.items()))
     rows: list[dict] = []
     good = True
-    for case in CASES:
-        if only is None or only in case.name:
-            found = measure(case, repeats, budget, case == CASES[0], copy, peaks)
+    with data_drawn_once():
+        for case in CASES:
+            if only is None or only in case.name:
+                found = measure(case, repeats, budget, case == CASES[0], copy, peaks)
+                good &= table(found)
+                rows += found
+        if only is None:
+            found = ragged(repeats, budget, copy, peaks)
             good &= table(found)
             rows += found
-    if only is None:
-        found = ragged(repeats, budget, copy, peaks)
-        good &= table(found)
-        rows += found
     facts = {"copy_gb_per_s": copy / 1e9, "tflops": {name: rate / 1e12 for name, rate in peaks.items()}}
     if only is None:
         facts["scan"] = whole_scan(60.0)

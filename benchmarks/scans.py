@@ -13,14 +13,16 @@ from fasttrain.backends.base import Run, Setting
 from fasttrain.records import Probe, Problem
 
 
-def script_seconds(results: fasttrain.Results, budget: float) -> tuple[dict, int, int]:
+def script_seconds(
+    results: fasttrain.Results, budget: float, device: torch.device | None = None
+) -> tuple[dict, int, int]:
     """Plain PyTorch on every k-th probe of each variant until the budget is spent, scaled by model-steps.
 
     Returns:
         seconds for all probes by the sample, verdicts that agree, probes sampled.
     """
     spec = results.spec
-    setting = Setting(spec, 64, torch.device("cpu"), torch.float32)
+    setting = Setting(spec, 64, device or torch.device("cpu"), torch.float32)
     total = {}
     agree = count = 0
     variants = spec.variants(10)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import click
 import torch
 
-from benchmarks.gpu import _rate, _timed
+from benchmarks.gpu import _rate, advance, data_drawn_once
 from benchmarks.work import BLOCK, Case
 from fasttrain.backends import together
 from fasttrain.backends import triton as backend_module
@@ -21,14 +21,11 @@ BY_PRECISION = {"ieee": "float32", "bf16x3": "bf16x3", "tf32": "tf32", "bf16": "
 SHAPES = ((64, 500), (784, 500))
 
 
-def candidates(precision: str, units: int) -> Iterator[dict]:
-    """Rows to try. Products of many terms at once spill in ieee (docs/TRAPS.md)."""
-    depths = (16,) if precision == "ieee" else (32, 64)
-    for samples, inputs, terms, warps, stages in itertools.product((32, 64), (32, 64), depths, (4, 8), (2, 3)):
-        yield {
-            "precision": precision, "units": units, "BB": samples, "BK": 32, "BI": inputs, "BS": terms, "warps": warps,
-            "stages": stages,
-        }  # fmt: skip
+def candidates(start: dict) -> Iterator[dict]:
+    """Single sizes to try in place of those of a row. Products of many terms at once spill in ieee (docs/TRAPS.md)."""
+    terms = (16,) if start["precision"] == "ieee" else (16, 32, 64)
+    for name, values in (("BB", (32, 64)), ("BI", (32, 64)), ("BS", terms), ("warps", (4, 8)), ("stages", (2, 3, 4))):
+        yield from ({name: value} for value in values if value != start[name])
 
 
 def _state(case: Case, precision: str, row: dict, whole: bool):
@@ -46,7 +43,7 @@ def _speed(case: Case, precision: str, row: dict, whole: bool, budget: float) ->
     try:
         backend, state = _state(case, precision, row, whole)
         backend.run(state, BLOCK)
-        return _rate(lambda steps: backend.run(state, state.clock + steps), case.models, budget)
+        return _rate(lambda steps: advance(state.models, steps), case.models, budget)
     except Exception as error:  # a tile that the compiler or the device refuses is a candidate that lost
         click.echo(f"  {row}: {type(error).__name__}")
         return 0.0
@@ -56,19 +53,30 @@ def run(budget: float) -> list[dict]:
     """The rows for this GPU's target: for each precision and block of units the fastest candidate."""
     major, minor = torch.cuda.get_device_capability()
     target = 10 * major + minor
-    _timed(lambda: None)
-    found = []
-    for precision, units in itertools.product(BY_PRECISION, configurations.UNITS):
-        cases = [Case(128, features, units, models=models, device="cuda") for features, models in SHAPES]
-        speeds = []
-        for row in candidates(precision, units):
-            rates = [_speed(case, precision, row, False, budget) for case in cases]
-            if min(rates) > 0:
-                speeds.append((statistics.geometric_mean(rates), row))
-        best, row = max(speeds, key=lambda pair: pair[0])
-        found.append({"target": target, "whole_below": _whole_below(precision, row, budget), **row})
-        click.echo(f"{precision} {units}: {best:,.0f} model-steps/s with {row}")
-    return found
+    with data_drawn_once():
+        return [
+            {"target": target, **_best(precision, units, budget)}
+            for precision, units in itertools.product(BY_PRECISION, configurations.UNITS)
+        ]
+
+
+def _best(precision: str, units: int, budget: float) -> dict:
+    """The row of a precision and a block of units: from the one that there is, one size at a time."""
+    cases = [Case(128, features, units, models=models, device="cuda") for features, models in SHAPES]
+
+    def speed(row: dict) -> float:
+        rates = [_speed(case, precision, row, False, budget) for case in cases]
+        return statistics.geometric_mean(rates) if min(rates) > 0 else 0.0
+
+    known = [row for row in configurations.rows() if (row["precision"], row["units"]) == (precision, units)]
+    best = {name: value for name, value in known[-1].items() if name not in ("target", "whole_below")}
+    rate = speed(best)
+    for change in candidates(best):
+        other = speed({**best, **change})
+        if other > rate:
+            best, rate = {**best, **change}, other
+    click.echo(f"{precision} {units}: {rate:,.0f} model-steps/s with {best}")
+    return {"whole_below": _whole_below(precision, best, budget), **best}
 
 
 def _whole_below(precision: str, row: dict, budget: float) -> int:

@@ -11,6 +11,7 @@ _MOST_SLOTS = {"cpu": 64, "cuda": 1024}
 _SLOTS_OF_WORKER = 2  # so that a worker that has finished with one finds the next at once
 _ROWS = 7  # parameters, gradient, two moments, temporaries and a copy while slots are refilled
 _PASS_ROWS = 128
+_CHECK_BYTES = 160  # of what is kept of a check while a run lasts
 
 
 def bucket(variant: Variant) -> Variant:
@@ -26,7 +27,7 @@ def default_n_max(params: int, info: DataInfo) -> int:
     return info.size if info.size is not None else 4 * params
 
 
-def probe_bytes(problem: Problem, spec: ScanSpec, info: DataInfo, item: int) -> int:
+def probe_bytes(problem: Problem, spec: ScanSpec, info: DataInfo, item: int, device: str = "cpu") -> int:
     """Memory of one running probe at its largest n, in bytes.
 
     Args:
@@ -34,14 +35,17 @@ def probe_bytes(problem: Problem, spec: ScanSpec, info: DataInfo, item: int) -> 
         spec: the scan.
         info: the data set.
         item: bytes of a number, 4 or 8.
+        device: ``"cpu"`` or ``"cuda"``.
     """
-    return sum(_parts(problem, spec, info, item).values())
+    return sum(_parts(problem, spec, info, item, device).values())
 
 
-def _parts(problem: Problem, spec: ScanSpec, info: DataInfo, item: int) -> dict[str, int]:
+def _parts(problem: Problem, spec: ScanSpec, info: DataInfo, item: int, device: str) -> dict[str, int]:
     """The same, by what takes it."""
     variant = problem.variant
-    batch = _PASS_ROWS if variant.batch_size == FULL_BATCH else max(variant.batch_size, _PASS_ROWS)
+    # The fused kernels of a GPU take a full batch at once, the others in passes.
+    full = max(_PASS_ROWS, problem.n_max) if device == "cuda" else _PASS_ROWS
+    batch = full if variant.batch_size == FULL_BATCH else max(variant.batch_size, _PASS_ROWS)
     activations = batch * (info.features + 2 * (variant.depth + 1) * max(variant.width, variant.classes))
     block = min(spec.check_every, spec.steps)
     own_data = 0 if info.size is not None else problem.n_max * info.features * (8 + 2 * item)
@@ -49,6 +53,7 @@ def _parts(problem: Problem, spec: ScanSpec, info: DataInfo, item: int) -> dict[
         "model": item * (_ROWS * problem.params + 2 * activations),
         "samples": 2 * 8 * problem.n_max + own_data,
         "indices": 4 * 8 * block * variant.batch_size,
+        "checks": _CHECK_BYTES * -(-spec.steps // spec.check_every),
     }
 
 
@@ -89,11 +94,12 @@ def make_plan(
     Raises:
         UserError: a variant does not fit into memory even alone (two rows are the least that train together).
     """
-    largest, culprit = max(((probe_bytes(p, spec, info, item), p) for p in problems), key=lambda pair: pair[0])
+    needs = ((probe_bytes(problem, spec, info, item, device), problem) for problem in problems)
+    largest, culprit = max(needs, key=lambda pair: pair[0])
     most = _MOST_SLOTS[device] if workers is None else _SLOTS_OF_WORKER * workers
     slots = min(most, available // max(largest, 1))
     if slots < 2:
-        option, value = _culprit(culprit, spec, info)
+        option, value = _culprit(culprit, spec, info, device)
         raise UserError(
             option,
             value,
@@ -103,12 +109,12 @@ def make_plan(
     return Plan(slots=slots, memory_bytes=slots * largest)
 
 
-def _culprit(problem: Problem, spec: ScanSpec, info: DataInfo) -> tuple[str, object]:
+def _culprit(problem: Problem, spec: ScanSpec, info: DataInfo, device: str) -> tuple[str, object]:
     """The option to name when a model does not fit: the one that makes it large."""
     variant = problem.variant
-    parts = _parts(problem, spec, info, 4)
+    parts = _parts(problem, spec, info, 4, device)
     most = max(parts, key=lambda name: parts[name])
-    if most == "indices" and spec.check_every > variant.batch_size:
+    if most == "checks" or (most == "indices" and spec.check_every > variant.batch_size):
         return "check_every", spec.check_every
     if most == "samples" and spec.n_max is not None and spec.n_max > info.features:
         return "n_max", spec.n_max

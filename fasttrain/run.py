@@ -241,8 +241,8 @@ def _step_seconds(prepared: _Prepared, problem: Problem) -> float:
     n = min(problem.n_max, max(problem.n_min, problem.params // 2))
     models = min(8, prepared.slots)
     state = backend.init([Run.of(prepared.setting, problem, Probe(problem.index, n, k)) for k in range(models)])
-    steps = max(2, min(20, prepared.setting.spec.check_every - 1))
-    backend.run(state, steps // 2)
+    steps = max(1, min(20, (prepared.setting.spec.check_every - 1) // 2))
+    backend.run(state, steps)  # as many as are timed: a graph is recorded for a number of steps
     begin = time.perf_counter()
     report = backend.run(state, state.clock + steps)
     used = prepared.workers if backend.most_together else 1

@@ -74,7 +74,8 @@ def configuration(
     """For models of a width, of which only its class counts.
 
     Programs that make whole steps suit models of few parameters: they need no launch a stage, and one program is
-    enough for the work of a step. Full batches, of any number of samples, are always cut into stages.
+    enough for the work of a step. Full batches, of any number of samples, are always cut into stages, and so is what
+    has more than 64 classes: its head wants more warps than the rest, and a program has one number of them.
 
     Args:
         width: of the hidden layers; 0 without.
@@ -100,7 +101,7 @@ def configuration(
     # The logits of a block of samples stay in registers: with many classes, of fewer samples and more warps.
     room = _SAMPLES[0] if held <= 64 else _SAMPLES[1] if held <= 256 else _SAMPLES[2]
     return Configuration(
-        whole=bool(batch) and weights <= row["whole_below"],
+        whole=bool(batch) and held <= 64 and weights <= row["whole_below"],
         BB=min(row["BB"], room),
         BH=units,
         BC=held,

@@ -220,6 +220,35 @@ _check = triton.jit(check_tile.fn, noinline=True)
 _any_weights = triton.jit(any_weights_tile.fn, noinline=True)
 
 
+@triton.jit
+def _outputs(model, pool, rows, labels, drawn, params, acts, begin, step, block,
+             TRAIN: tl.constexpr, FULL: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
+             ACTIVATION: tl.constexpr, KEEP: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
+    """All hidden layers for a block of samples, one after the other."""
+    width = tl.load(model + WIDTH)
+    if DEPTH > 0:
+        h0 = 0
+        while h0 < width:
+            _hidden(
+                model, pool, rows, labels, drawn, params, acts, 0, begin, step, block, h0,
+                True, TRAIN, FULL, FEATURES, DEPTH, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
+            )  # fmt: skip
+            tl.debug_barrier()
+            h0 += BH
+        layer = 1
+        while layer < DEPTH:
+            h0 = 0
+            while h0 < width:
+                _hidden(
+                    model, pool, rows, labels, drawn, params, acts, layer, begin, step, block, h0,
+                    False, TRAIN, FULL, FEATURES, DEPTH, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
+                )  # fmt: skip
+                tl.debug_barrier()
+                h0 += BH
+            layer += 1
+
+
 @_stage
 def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates, corrections, acts, losses, blocks,
                 history, checks, steps, budget, check_every, plateau_after, FULL: tl.constexpr,
@@ -229,8 +258,8 @@ def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates,
                 RATIO: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A program a model: so many steps, with the checks that are due.
 
-    The barriers part what a phase stores from what the next one loads; the loops that hold both are ``while`` loops,
-    which are not pipelined.
+    The barriers part what a tile stores, in global and in shared memory, from what the next one loads or overwrites;
+    the loops that hold both are ``while`` loops, which are not pipelined.
     """
     e = tl.program_id(0).to(tl.int64)
     model = models + e * FIELDS
@@ -242,26 +271,10 @@ def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates,
         step = begun + s
         block = 0
         while block * BB < batch:
-            if DEPTH > 0:
-                h0 = 0
-                while h0 < width:
-                    _hidden(
-                        model, pool, rows, labels, drawn, params, acts, 0, 0, step, block, h0,
-                        True, True, FULL, FEATURES, DEPTH, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
-                    )  # fmt: skip
-                    h0 += BH
-                tl.debug_barrier()
-                layer = 1
-                while layer < DEPTH:
-                    h0 = 0
-                    while h0 < width:
-                        _hidden(
-                            model, pool, rows, labels, drawn, params, acts, layer, 0, step, block, h0,
-                            False, True, FULL, FEATURES, DEPTH, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
-                        )  # fmt: skip
-                        h0 += BH
-                    tl.debug_barrier()
-                    layer += 1
+            _outputs(
+                model, pool, rows, labels, drawn, params, acts, 0, step, block,
+                True, FULL, FEATURES, DEPTH, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
+            )  # fmt: skip
             _head(
                 model, pool, rows, labels, drawn, params, acts, losses + e * blocks + block, 0, step, block,
                 FULL, FEATURES, DEPTH, CLASSES, ACTIVATION, KEEP, BB, BH, BC, CK, PRECISION,
@@ -274,8 +287,8 @@ def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates,
                         model, params, acts, DEPTH, block, h0, True,
                         FEATURES, DEPTH, CLASSES, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
                     )  # fmt: skip
+                    tl.debug_barrier()
                     h0 += BH
-                tl.debug_barrier()
             layer = DEPTH - 1
             while layer > 0:
                 h0 = 0
@@ -284,8 +297,8 @@ def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates,
                         model, params, acts, layer, block, h0, False,
                         FEATURES, DEPTH, CLASSES, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
                     )  # fmt: skip
+                    tl.debug_barrier()
                     h0 += BH
-                tl.debug_barrier()
                 layer -= 1
             block += 1
         layer = 0
@@ -301,10 +314,10 @@ def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates,
                         model, pool, drawn, params, first, second, rates + e * RATES, corrections, acts, layer, step,
                         i, h, FEATURES, DEPTH, CLASSES, KEEP, OPTIMIZER, BI, BH, BO, BS, PRECISION,
                     )  # fmt: skip
+                    tl.debug_barrier()
                     h += 1
                 i += 1
             layer += 1
-        tl.debug_barrier()
         taken = step + 1
         go = (s + 1 < steps) & (taken < budget)
         if (taken % check_every == 0) | (taken == budget):
@@ -317,26 +330,10 @@ def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates,
                 part = tl.zeros([], dtype=tl.float64)
                 begin = 0
                 while begin + block * BB < n:
-                    if DEPTH > 0:
-                        h0 = 0
-                        while h0 < width:
-                            _hidden(
-                                model, pool, rows, labels, drawn, params, acts, 0, begin, step, block, h0,
-                                True, False, FULL, FEATURES, DEPTH, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
-                            )  # fmt: skip
-                            h0 += BH
-                        tl.debug_barrier()
-                        layer = 1
-                        while layer < DEPTH:
-                            h0 = 0
-                            while h0 < width:
-                                _hidden(
-                                    model, pool, rows, labels, drawn, params, acts, layer, begin, step, block, h0,
-                                    False, False, FULL, FEATURES, DEPTH, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
-                                )  # fmt: skip
-                                h0 += BH
-                            tl.debug_barrier()
-                            layer += 1
+                    _outputs(
+                        model, pool, rows, labels, drawn, params, acts, begin, step, block,
+                        False, FULL, FEATURES, DEPTH, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
+                    )  # fmt: skip
                     loss, missed = _check(
                         model, pool, rows, labels, drawn, params, acts, begin, block,
                         FEATURES, DEPTH, CLASSES, BB, BC, CK, PRECISION,

@@ -4,6 +4,7 @@ The only thing that a caller sees of the kernels. Models come and go; each has a
 count of its own and shares the rest (``Shape``).
 """
 
+import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ PRECISIONS = ("ieee", "bf16x3", "tf32", "bf16")
 INTERPRETED: bool = tiles.INTERPRETED.value
 """Whether the kernels were defined for Triton's interpreter, which runs them on the CPU (``TRITON_INTERPRET=1``)."""
 MOST_CLASSES = 1024
+MOST_STEPS = 2**31 - 1  # a larger number would be another type, and compile another kernel
 MOST_WIDTH = WIDTHS[-1]
 
 _KEEPS_SLOPES = ("gelu", "silu")  # activations whose derivative cannot be had from their value
@@ -236,14 +238,15 @@ class Models:
             )  # fmt: skip
             rate[:3] = model.rates
             need = _Slot(-(-place.width // c.BH), -(-place.batch // c.BB), -(-min(place.n, place.room) // c.BB))
-            fits = (
+            fits = [
                 k
                 for k in free
                 if self._slots[k].units >= need.units
                 and self._slots[k].blocks >= need.blocks
                 and self._slots[k].passes >= need.passes
-            )
-            k = next(fits, len(self._slots))
+            ]
+            # The tightest: a large slot is wanted by large models, and a new one voids what was recorded.
+            k = min(fits, key=lambda k: (self._slots[k].units, self._slots[k].passes), default=len(self._slots))
             if k == len(self._slots):
                 self._slots.append(need)
             else:
@@ -318,7 +321,7 @@ class Models:
         shape = self.shape
         n = len(model.rows)
         batch = shape.batch or n
-        room = max(batch, _PASS_ROWS)
+        room = max(batch, self._room)
         flat = [np.zeros((fan_in + 1, pitch(fan_out))) for fan_in, fan_out in self._layers(model.width)]
         for block, (w, b) in zip(flat, model.weights, strict=True):
             block[:-1, : len(b)], block[-1, : len(b)] = w.T, b
@@ -396,9 +399,11 @@ class Models:
 
     def run(self, steps: int) -> None:
         """So many steps of every model, fewer of one that a check ends; without waiting for the device."""
-        if self.config.whole:
-            self._whole_steps(steps)
-        else:
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
+            if self.config.whole:
+                self._whole_steps(steps)
+                return
             # From check to check: the launches are the same each time, and a graph of them serves again.
             every = self.shape.check_every
             for begin in range(0, steps, every):
@@ -431,14 +436,24 @@ class Models:
         if self._device.type != "cuda":
             self._launch(steps, checks, self.shape.budget)
         else:
-            most = max((self._place(k).n for k in self._order), default=0)
-            key = (steps, -(-most // _PASS_ROWS), *checks)
+            key = (steps, self._passes(), *checks)
             if key not in self._graphs:
                 self._graphs[key] = self._record(steps, checks)
             graph, launches = self._graphs[key]
             graph.replay()
             self.launches += launches
         self._advance(steps)
+
+    @property
+    def _room(self) -> int:
+        """Samples of a model that a pass of a check takes at once; with full batches, all of them."""
+        return max(self.shape.batch, _PASS_ROWS)
+
+    def _passes(self) -> int:
+        """Of a check, for the model that needs most."""
+        if not self.shape.batch:
+            return 1
+        return max((-(-self._place(k).n // self._room) for k in self._order), default=0)
 
     def _check_steps(self, steps: int) -> tuple[int, ...]:
         """After which of the coming steps, from 0, some model is checked."""
@@ -457,7 +472,7 @@ class Models:
         torch.cuda.synchronize(self._device)
         self.launches = 0
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(self._device)):
             self._launch(steps, checks, self.shape.budget)
         count, self.launches = self.launches, before
         return graph, count
@@ -525,8 +540,7 @@ class Models:
     def _check(self, s: int, budget: int) -> None:
         """The check of all models for which it is due after step s."""
         shape, c, work = self.shape, self.config, self._work
-        places = [self._place(k) for k in self._order]
-        for begin in range(0, max(place.n for place in places), _PASS_ROWS):
+        for begin in range(0, self._passes() * self._room, self._room):
             for layer in range(shape.depth):
                 self._hidden(layer, "pass", s, begin, budget, train=False)
             self._start(

@@ -55,9 +55,10 @@ def update(
     models, size = params.shape
     one, two = (column.contiguous() for column in row)
     grid = (models, triton.cdiv(size, BLOCK))
-    update_kernel[grid](
-        params, grads, state[0], state[-1], one, two, size, optimizer, BLOCK, num_warps=4, enable_fp_fusion=False
-    )
+    with torch.cuda.device_of(params):  # Triton launches on the current device
+        update_kernel[grid](
+            params, grads, state[0], state[-1], one, two, size, optimizer, BLOCK, num_warps=4, enable_fp_fusion=False
+        )
 
 
 @triton.jit
@@ -127,9 +128,9 @@ def head(logits: torch.Tensor, onehot: torch.Tensor, weight: torch.Tensor) -> tu
     """
     models, batch, classes = logits.shape
     losses, delta = logits.new_empty(models), torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    head_kernel[(models,)](
-        logits.contiguous(), onehot.contiguous(), weight.contiguous(), losses, delta, batch, **_sizes(classes)
-    )
+    given = logits.contiguous(), onehot.contiguous(), weight.contiguous()
+    with torch.cuda.device_of(logits):
+        head_kernel[(models,)](*given, losses, delta, batch, **_sizes(classes))
     return losses, delta
 
 
@@ -152,9 +153,9 @@ def check(logits: torch.Tensor, onehot: torch.Tensor, weight: torch.Tensor) -> t
     """
     models, batch, classes = logits.shape
     found = torch.empty(2, models, dtype=torch.float64, device=logits.device)
-    check_kernel[(models,)](
-        logits.contiguous(), onehot.contiguous(), weight.contiguous(), found, models, batch, **_sizes(classes)
-    )
+    given = logits.contiguous(), onehot.contiguous(), weight.contiguous()
+    with torch.cuda.device_of(logits):
+        check_kernel[(models,)](*given, found, models, batch, **_sizes(classes))
     return found
 
 

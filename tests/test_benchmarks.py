@@ -5,11 +5,13 @@ import json
 import time
 
 import pytest
+import torch
 from click.testing import CliRunner
 
-from benchmarks import peers, profiles, work
+from benchmarks import gpu, peers, precision, profiles, tune, work
 from benchmarks.__main__ import main
 from benchmarks.work import Case
+from fasttrain.kernels import configurations
 
 
 def test_flops_and_bytes_of_a_model_step_by_hand() -> None:
@@ -100,3 +102,58 @@ def test_profile_of_the_compiled_kernels_shares_a_step_out_to_its_phases() -> No
     phases = [parts[name] for name in profiles.PHASES]
     assert min(phases) > 0
     assert sum(phases) < time.perf_counter() - begin
+
+
+@pytest.mark.parametrize("command", ["gpu", "tune"])
+def test_commands_for_a_gpu_end_with_a_line_where_there_is_none(monkeypatch, command):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = CliRunner().invoke(main, [command])
+    assert done.exit_code == 2
+    assert done.output == "Error: this needs a CUDA device, and there is none.\n"
+
+
+def test_the_floor_is_bytes_or_products_whichever_takes_longer():
+    case = Case(128, 784, 64)
+    assert gpu.floor_us(case, copy=1e12, flops=1e30) == pytest.approx(1e6 * case.bytes / 1e12)
+    assert gpu.floor_us(case, copy=1e30, flops=1e13) == pytest.approx(1e6 * case.flops / 1e13)
+
+
+def test_tuned_rows_take_the_place_of_those_of_their_target(monkeypatch, tmp_path):
+    before = configurations.rows()
+    table = tmp_path / "table.csv"
+    table.write_bytes(configurations.TABLE.read_bytes())
+    monkeypatch.setattr(configurations, "TABLE", table)
+    own = [{**row, "BB": 32} for row in before if row["target"] == 90]
+    try:
+        tune.write(own)
+        after = configurations.rows()
+    finally:
+        configurations.rows.cache_clear()
+    assert [row for row in after if row["target"] == 80] == [row for row in before if row["target"] == 80]
+    assert [row for row in after if row["target"] == 90] == own
+    assert table.read_bytes().startswith(configurations.TABLE.read_bytes().split(b"\n")[0])
+
+
+def test_candidates_differ_from_their_row_in_one_size():
+    for row in configurations.rows():
+        changes = list(tune.candidates(row))
+        assert changes
+        assert all(len(change) == 1 and row[name] != value for change in changes for name, value in change.items())
+        assert row["precision"] != "ieee" or not any("BS" in change for change in changes)
+
+
+def test_rounded_products_lose_what_their_bits_say():
+    """Unit roundoffs 2^-24, 2^-17, 2^-11 and 2^-8; torch's own functions are back afterwards."""
+    rng = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(3, 64, 64, generator=rng) for _ in range(2))
+    exact = torch.bmm(a.double(), b.double())
+    kept = torch.bmm, torch.baddbmm
+    for name, unit in (("float32", 2.0**-24), ("bf16x3", 2.0**-17), ("tf32", 2.0**-11), ("bf16", 2.0**-8)):
+        with precision.products(name):
+            found = torch.bmm(a, b)
+            out = torch.full_like(a, float("nan"))
+            assert torch.equal(torch.baddbmm(a, a, b, beta=0, out=out), found)
+            assert torch.equal(torch.baddbmm(a, a, b), found + a)
+        error = ((found - exact).square().mean() / exact.square().mean()).sqrt().item()
+        assert unit / 16 < error < 8 * unit if name == "float32" else unit / 16 < error < 2 * unit
+    assert (torch.bmm, torch.baddbmm) == kept

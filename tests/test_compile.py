@@ -1,6 +1,7 @@
 """The Triton kernels compiled for GPUs that are not there: they fit, they spill nothing, they use what the GPU has."""
 
 import concurrent.futures
+import inspect
 import itertools
 import multiprocessing
 import re
@@ -8,7 +9,7 @@ import re
 import pytest
 from compiled import Case, Kernel, compile_case, compile_rows, quiet_worker
 
-from fasttrain.kernels import configurations, fused
+from fasttrain.kernels import configurations, drivers, fused
 
 TARGETS = (80, 90)
 SHARED = {80: 166_912, 90: 232_448}
@@ -116,6 +117,16 @@ def test_copies_are_wide(case, kernels):
             assert kernel.counts["wide"] >= least * kernel.counts["LDGSTS"] > 0, kernel
 
 
+def test_the_barriers_between_phases_are_there(kernels):
+    """Each of ``tl.debug_barrier`` is one in the kernel itself, beside those that the compiler puts into the tiles."""
+    (whole,) = (kernel for kernel in kernels[CASES[0]] if kernel.name == "whole_steps")
+    wanted = inspect.getsource(drivers.whole_steps.fn).count("debug_barrier")
+    wanted += 2 * inspect.getsource(drivers._outputs.fn).count("debug_barrier")  # in training and in checks
+    entry = whole.ptx[whole.ptx.index(".entry") :]
+    assert wanted == 8 + 1
+    assert entry[: entry.index("\n}")].count("bar.sync") >= wanted
+
+
 def test_the_plateau_ratio_is_a_float64(kernels):
     """0.9 as a float32 would end runs at other checks than the monitor's."""
     decide = [k for k in kernels[CASES[0]] if k.name == "decide_stage"]
@@ -125,8 +136,6 @@ def test_the_plateau_ratio_is_a_float64(kernels):
 
 def test_a_kernel_serves_every_step():
     """Steps, budgets and layers are arguments: no launch but the first of its kind may compile anything."""
-    from fasttrain.kernels import drivers
-
     for name in (
         "hidden_stage",
         "head_stage",
@@ -180,6 +189,8 @@ def test_a_configuration_depends_on_the_width_class_alone():
     assert of(16).whole
     assert not of(16, batch=0).whole
     assert not of(300).whole
+    assert of(16, classes=64).whole
+    assert not of(16, classes=65).whole
     assert of(16, target=89) == of(16, target=80)
     assert of(16, target=120) == of(16, target=90)
     assert "BB=64" in str(of(16))

@@ -101,6 +101,14 @@ def test_memory_is_at_least_what_a_model_must_hold() -> None:
     assert probe_bytes(problem, spec, describe("digits"), 8) >= 4 * 8 * problem.params
     assert needs(item=8, data="gaussian:64", n_max=10**6) >= 8 * 64 * 10**6
     assert needs(batch_size=1000, check_every=1000, steps=1000) >= 8 * 1000 * 1000
+    assert needs(steps=10**6, check_every=1) >= 3 * 8 * 10**6  # a loss, a count and the best loss of each check
+
+
+def test_a_full_batch_is_taken_at_once_on_a_gpu() -> None:
+    spec = ScanSpec(widths=16, depths=3, batch_size="full", data="gaussian:64", n_max=10**5)
+    (problem,) = problems(spec)
+    cpu, cuda = (probe_bytes(problem, spec, describe("gaussian:64"), 4, device) for device in ("cpu", "cuda"))
+    assert cuda - cpu >= 4 * 10**5 * 2 * 3 * 16
 
 
 def test_memory_of_a_wide_model_is_that_of_its_parameters() -> None:
@@ -149,6 +157,7 @@ def refused(spec: ScanSpec, available: int = 4 * GIB, item: int = 4) -> UserErro
         ({"data": "gaussian:64", "n_max": 10**12}, "n_max", 10**12),
         ({"steps": 10**12, "check_every": 10**11}, "check_every", 10**11),
         ({"steps": 10**12, "check_every": 10**11, "batch_size": 10**3}, "check_every", 10**11),
+        ({"steps": 10**9, "check_every": 1}, "check_every", 1),
     ],
 )
 def test_a_scan_that_does_not_fit_names_what_makes_it_large(

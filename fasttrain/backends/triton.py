@@ -145,6 +145,7 @@ def unavailable(setting: Setting, variant: Variant) -> str | None:
     for what, size, most in (
         ("width", variant.width, fused.MOST_WIDTH),
         ("number of classes", variant.classes, fused.MOST_CLASSES),
+        ("number of steps", setting.spec.steps, fused.MOST_STEPS),
     ):
         if size > most:
             return f"its largest {what} is {most:,}, not {size:,}"

@@ -16,6 +16,7 @@ from planted import plant
 from fasttrain import ScanSpec, scan
 from fasttrain.backends import together
 from fasttrain.kernels import fused
+from fasttrain.machine import keeps_models_apart
 
 pytestmark = pytest.mark.gpu
 NS = [5, 40, 150, 90, 11, 300]
@@ -45,7 +46,7 @@ CASES = [
     {"optimizer": "adam", "depths": 2, "activation": "gelu"},
     {"optimizer": "adam", "depths": 0},
     {"optimizer": "sgd", "depths": 3, "activation": "tanh", "widths": 70},
-    {"optimizer": "sgd", "classes": 100, "widths": 33},
+    {"optimizer": "sgd", "classes": 60, "widths": 33},
 ]
 
 
@@ -93,6 +94,8 @@ def test_float32_losses_err_as_much_as_their_products(precision, whole):
 
 @pytest.mark.parametrize(("width", "batch_size"), [(1, 7), (5, 64), (17, "full")])
 def test_company_changes_no_bit_of_vmap(width, batch_size):
+    if not keeps_models_apart(torch.device("cuda:0")):
+        pytest.skip("the products of this GPU's library do not keep models apart; scans with vmap say so")
     bench = made("vmap", torch.float32, widths=width, batch_size=batch_size)
     whole, some = finals(bench, 30), finals(bench, 30, [3, 0])
     for position, k in enumerate([3, 0]):
@@ -124,11 +127,25 @@ def test_the_drivers_are_equal_bit_for_bit(fields):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@DRIVERS
+def test_nothing_waits_for_the_device_inside_of_a_block_of_steps(whole):
+    bench = made("triton", torch.float32, whole, check_every=10)
+    state = bench.backend.init(bench.runs(range(len(NS))))
+    state.models.run(20)  # compiles and records
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        state.models.run(20)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+
+
 def test_a_barrier_taken_away_is_noticed(tmp_path, monkeypatch):
     """Without its barriers a program reads weights and activations before they are there."""
-    sound = finals(made("triton", torch.float32, True, widths=64, depths=3), 300)
+    sound = finals(made("triton", torch.float32, True, widths=16, depths=3), 300)
     monkeypatch.setattr(fused, "drivers", plant(tmp_path, "no_barrier", "tl.debug_barrier()", "pass"))
-    faulty = finals(made("triton", torch.float32, True, widths=64, depths=3), 300)
+    faulty = finals(made("triton", torch.float32, True, widths=16, depths=3), 300)
     assert any(not np.array_equal(a, b) for a, b in zip(sound, faulty, strict=True))
 
 

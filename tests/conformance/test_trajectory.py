@@ -1,11 +1,26 @@
 """Every backend against the oracle: the same weights, batches, losses and final parameters."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from harness import BATCHED, Bench
 
+from fasttrain.backends import base
+
 STEPS = 520
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _orders_drawn_once():
+    """The same sample orders serve every backend and precision, and drawing them takes more than half of a walk."""
+    drawn = base.minibatches
+    base.minibatches = functools.cache(drawn)
+    yield
+    base.minibatches = drawn
+
+
 # Unequal n, some below the batch size of 16, one above a whole-set pass of 128 samples.
 NS = [5, 40, 150, 90, 11]
 CASES = [

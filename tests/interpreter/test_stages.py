@@ -12,23 +12,29 @@ from ragged import FEATURES, NAN, Ragged, close
 from fasttrain.kernels import drivers, fused, reference, tiles
 from fasttrain.stopping import Monitor, StopRules
 
-WIDTHS, NS = (1, 3, 16, 13), (40, 5, 300, 1)
+RAGGED = (1, 3, 16, 13), (40, 5, 300, 1)
 CASES = [
     pytest.param({"depth": 2, "activation": "gelu", "optimizer": "adam"}, id="gelu-adam"),
     pytest.param({"depth": 2, "activation": "leaky_relu", "optimizer": "adamw"}, id="leaky-adamw"),
     pytest.param({"depth": 1, "activation": "sigmoid", "batch": 0}, id="sigmoid-sgd-full"),
     pytest.param({"depth": 0, "optimizer": "adam", "batch": 70}, id="linear-adam-70"),
     pytest.param({"depth": 1, "activation": "tanh", "classes": 70}, id="tanh-sgd-70-classes"),
+    # Widths of several blocks of units, many inputs, many classes.
+    pytest.param({"widths": (130,), "ns": (5,), "features": 3072, "batch": 3, "activation": "silu"}, id="3072-inputs"),
+    pytest.param({"widths": (1024,), "ns": (2,), "features": 2, "batch": 2, "optimizer": "adam"}, id="1024-wide"),
+    pytest.param({"widths": (3,), "ns": (4,), "classes": 1000, "batch": 3}, id="1000-classes"),
 ]
 
 
 @pytest.mark.parametrize("fields", CASES)
 def test_a_step_stage_by_stage(fields):
-    bench = Ragged(WIDTHS, NS, **fields)
+    fields = dict(fields)
+    widths, ns = fields.pop("widths", RAGGED[0]), fields.pop("ns", RAGGED[1])
+    bench = Ragged(widths, ns, **fields)
     models, shape = bench.models, bench.shape
     models._table[:, tiles.STEP.value] = 3
     bench.poison()
-    depth, count = shape.depth, len(WIDTHS)
+    depth, count = shape.depth, len(widths)
     budget = shape.budget
     before = [bench.weights(k) for k in range(count)]
     samples = [bench.batch(k, 3) for k in range(count)]
@@ -36,7 +42,7 @@ def test_a_step_stage_by_stage(fields):
 
     for layer in range(depth):
         models._hidden(layer, "hidden", 0, 0, budget, train=True)
-        for k, width in enumerate(WIDTHS):
+        for k, width in enumerate(widths):
             x = inputs[k] if layer == 0 else bench.acts(k, 0, layer - 1)[: len(samples[k]), :width]
             z = reference.linear(x[None], *(t[None] for t in before[k][layer]))[0]
             slope = torch.empty_like(z)
@@ -50,7 +56,7 @@ def test_a_step_stage_by_stage(fields):
 
     start_head(bench)
     deltas = []
-    for k, width in enumerate(WIDTHS):
+    for k, width in enumerate(widths):
         x = inputs[k] if depth == 0 else bench.acts(k, 0, depth - 1)[: len(samples[k]), :width]
         out = reference.logits(x[None], *(t[None] for t in before[k][depth]))
         labels = torch.as_tensor(bench.made[k].labels[samples[k]])
@@ -65,7 +71,7 @@ def test_a_step_stage_by_stage(fields):
     for layer in range(depth, 0, -1):
         if layer < depth or not fused_back:
             models._back(layer, 0, budget)
-        for k, width in enumerate(WIDTHS):
+        for k, width in enumerate(widths):
             upper = deltas[k][0]
             a = bench.acts(k, 0, layer - 1)[: len(samples[k]), :width]
             x = inputs[k] if layer == 1 else bench.acts(k, 0, layer - 2)[: len(samples[k]), :width]
@@ -80,7 +86,7 @@ def test_a_step_stage_by_stage(fields):
             deltas[k].insert(0, block[: len(z), :width])
 
     start_weights(bench)
-    for k, width in enumerate(WIDTHS):
+    for k, width in enumerate(widths):
         after = bench.weights(k)
         for layer in range(depth + 1):
             x = inputs[k] if layer == 0 else bench.acts(k, 0, layer - 1)[: len(samples[k]), :width]
@@ -116,13 +122,21 @@ def only(bench: Ragged, kernel) -> None:
         del models._start
 
 
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize(("depth", "classes"), [(0, 3), (1, 5), (2, 70)])
-def test_a_check_counts_and_sums_as_the_reference(depth, classes, whole):
-    """Ties are wrong, whole sets of one sample and of several passes."""
+@pytest.mark.parametrize(
+    ("whole", "depth", "classes", "batch"),
+    [
+        *((whole, depth, classes, 16) for whole in (False, True) for depth, classes in ((0, 3), (1, 5), (2, 70))),
+        # Minibatches and full batches of more samples than a pass has otherwise.
+        (False, 0, 3, 290),
+        (True, 0, 3, 290),
+        (False, 1, 3, 0),
+    ],
+)
+def test_a_check_counts_and_sums_as_the_reference(whole, depth, classes, batch):
+    """Ties are wrong; whole sets of one sample and of several passes."""
     bench = Ragged(
-        (1, 3, 16), (1, 40, 300), depth=depth, classes=classes, activation="relu", whole=whole, check_every=1, budget=1,
-        optimizer="sgd",
+        (1, 3, 16), (1, 40, 600 if batch != 16 else 300), depth=depth, classes=classes, activation="relu", whole=whole,
+        check_every=1, budget=1, optimizer="sgd", batch=batch,
     )  # fmt: skip
     models = bench.models
     models._rates[:, 0] = 0.0  # the weights stand still
