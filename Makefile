@@ -9,8 +9,9 @@ READY := $(VENV)/installed
 
 help:
 	@echo "make scan      set up, measure EMC of four MLP widths, write emc.h5 (replaces it)"
-	@echo "make test      set up, run the fast tests"
-	@echo "make test-all  also the slow ones: reference cases and long simulations"
+	@echo "make setup     set up only"
+	@echo "make test      set up, run the fast tests, and the GPU kernels under Triton's interpreter"
+	@echo "make test-all  also the slow ones: reference cases, long simulations, all kernels compiled"
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make lint      ruff (rules and format) and mypy"
 	@echo "make clean     remove the virtual environment, caches and build output (not emc.h5)"

@@ -120,7 +120,7 @@ def _cuda() -> None:
 @_OUT
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--seconds", type=float, default=0.5, show_default=True, help="Of one contender in one repeat, about.")
-@click.option("--only", help="Only the cases whose name contains this, such as d=784.")
+@click.option("--only", help="Only the cases whose name contains this, such as d=784; no mix, scan or 10,000 models.")
 def gpu_command(repeats: int, seconds: float, only: str | None, out: Path) -> None:
     """The fused kernels against peers and the device's own floor; writes gpu.csv and gpu.json."""
     _cuda()

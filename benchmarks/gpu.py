@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import gc
 import itertools
+import math
 import os
 import statistics
 import time
@@ -131,7 +132,7 @@ def advance(models: fused.Models, steps: int) -> None:
 
 
 def floor_us(case: Case, copy: float, flops: float) -> float:
-    """Microseconds that a model-step cannot but take: its bytes at the bandwidth or its products at the peak."""
+    """Microseconds that a model-step must at least take: its bytes at the bandwidth or its products at the peak."""
     return 1e6 * max(case.bytes / copy, case.flops / flops)
 
 
@@ -216,7 +217,11 @@ def measure(
     case: Case, repeats: int, budget: float, compiled: bool, copy: float, peaks: dict[str, float]
 ) -> list[dict]:
     """A row for each contender: medians of interleaved repeats."""
-    peers = {"CUDA-graphed bmm": GraphedBmm, "compiled vmap": work.TorchVmap, "JAX vmap+jit": work.Jax}
+    peers = {
+        "CUDA-graphed bmm": GraphedBmm,
+        "compiled vmap": functools.partial(work.TorchVmap, compiled=True),
+        "JAX vmap+jit": work.Jax,
+    }
     checked: dict[str, bool] = {}
     good = work.conforms(case.of(3), "triton")
     rates: dict[str, list[float]] = {}
@@ -233,9 +238,9 @@ def measure(
                 run(BLOCK)
                 if name in peers and name not in checked:
                     checked[name] = work.peer_conforms(case, peers[name])
-                before = getattr(run, "launches", 0)
+                before = getattr(run, "launches", math.nan)
                 run(BLOCK)
-                launches[name] = (getattr(run, "launches", 0) - before) / BLOCK
+                launches[name] = (getattr(run, "launches", math.nan) - before) / BLOCK
                 rates.setdefault(name, []).append(_rate(run, models, budget))
                 memory[name] = torch.cuda.max_memory_allocated() / 2**30
             except torch.cuda.OutOfMemoryError:

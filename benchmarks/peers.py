@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import work
 from benchmarks.work import BLOCK, Case
+from fasttrain.backends import choose
 from fasttrain.machine import cores
 
 REFERENCE = [Case(128, 64, 32), Case(128, 784, 64), Case(64, 64, 16)]
@@ -59,7 +60,8 @@ def _contenders(case: Case, own: tuple[str, ...], compiled: bool) -> dict[str, t
             lambda: work.peer_conforms(case, lambda c, models: work.TorchVmap(c, models, compiled=True)),
         )
     for name in own:
-        checked = "native" if name == "auto" else name
+        setting = case.setting(torch.float64, 10**6)
+        checked = choose(name, setting, setting.spec.variants(10)[0])
         builders[f"fasttrain {name}"] = (work.ours(name), lambda checked=checked: work.conforms(case, checked))
     for name, (make, conforms) in builders.items():
         try:

@@ -16,7 +16,7 @@ from fasttrain.records import Probe, Problem
 def script_seconds(
     results: fasttrain.Results, budget: float, device: torch.device | None = None
 ) -> tuple[dict, int, int]:
-    """Plain PyTorch on every k-th probe of each variant until the budget is spent, scaled by model-steps.
+    """Plain PyTorch on probes of each variant in random order until the budget is spent, scaled by model-steps.
 
     Returns:
         seconds for all probes by the sample, verdicts that agree, probes sampled.

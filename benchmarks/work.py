@@ -52,7 +52,7 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """What a model-step cannot but move in float32: its samples in; parameters and moments in and out."""
+        """What a model-step must at least move in float32: its samples in; parameters and moments in and out."""
         params = sum((a + 1) * b for a, b in self._layers)
         return 4 * (self.batch * self.features + (4 if self.optimizer == "sgd" else 6) * params)
 

@@ -73,7 +73,11 @@ FIELDS: dict[str, _Help] = {
     "max_probes": _Help(_SEARCH, "N", "At most so many training runs a variant."),
     "seed": _Help(_SEARCH, "N", "Base of all randomness of the scan."),
     "device": _Help(_MACHINE, "NAME", "Device to train on: auto, cpu, cuda or cuda:N."),
-    "backend": _Help(_MACHINE, _one_of(BACKENDS), "How the models of a batch are trained."),
+    "backend": _Help(
+        _MACHINE,
+        _one_of(BACKENDS),
+        "How the models are trained; auto is native on a CPU and triton on CUDA, or the next that can.",
+    ),
     "precision": _Help(
         _MACHINE,
         _one_of(PRECISIONS),

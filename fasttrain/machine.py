@@ -79,6 +79,7 @@ def conditions(
         "torch_version": str(torch.__version__),
         "numpy_version": np.__version__,
         "h5py_version": version("h5py"),
+        "triton_version": version("triton") if "triton" in backends else "",
         "scikit_learn_version": version("scikit-learn"),
         "python_version": platform.python_version(),
         "platform": platform.platform(),

@@ -48,7 +48,7 @@ class Load:
     Attributes:
         model_steps: optimizer steps, summed over the probes.
         slot_steps: optimizer steps that all slots together could have made meanwhile; shapes take parts of a slot.
-        launches: fused kernels launched.
+        launches: kernels that the triton backend launched.
         step_seconds: time inside the backend.
         check_seconds: of that, time in evaluations for checks; 0 where they are a part of the kernels that train.
     """
@@ -116,7 +116,7 @@ class Trainer:
         return not self._turn and not self._working and not self._waiting
 
     def advance(self) -> list[ProbeResult]:
-        """Steps the next group to its next check (at most), or waits for a worker; the results that this brought."""
+        """Steps the next group for a turn (at most), or waits for a worker; the results that this brought."""
         self._refill()
         results: list[ProbeResult] = []
         if self._turn:

@@ -1,1 +1,1 @@
-"""Leaf library of tile mathematics: tensors and ints in, tensors out. Imports nothing of fasttrain."""
+"""Leaf library of tile mathematics: arrays and numbers only. Imports nothing of fasttrain."""

@@ -1,8 +1,8 @@
 """The kernels of both drivers over the tile functions of ``tiles.py``.
 
-*Stages*: one launch for each layer's outputs, the head, each hidden layer's gradient and the update, 2 L + 1 a step; a
-program takes one tile of one model from a work list. *Whole steps*: one program a model makes many steps in one launch,
-with the same tiles one after the other.
+*Stages*: one launch for each layer's outputs, the head, each hidden layer's gradient and the update, about 2 L + 1 a
+step; a program takes one tile of one model from a work list. *Whole steps*: one program a model makes many steps in one
+launch, with the same tiles one after the other.
 
 A program leaves at once if its model is past its steps or has stopped. Both end a model by themselves at a check, which
 comes every ``check_every`` steps and at the last one; what the checks found goes to ``history`` [models, checks, 3]:
@@ -212,7 +212,7 @@ def decide(model, history, taken, total, mistakes, budget, check_every, plateau_
     return stop
 
 
-# Called rather than inlined: inlined, the registers of all phases together do not do, and they spill.
+# Called rather than inlined: inlined, there are not enough registers for all phases together, and they spill.
 _hidden = triton.jit(hidden_tile.fn, noinline=True)
 _head = triton.jit(head_tile.fn, noinline=True)
 _back = triton.jit(back_tile.fn, noinline=True)

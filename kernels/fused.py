@@ -1,7 +1,7 @@
 """Many multilayer perceptrons in Triton kernels: their arrays, tables and work lists, and the launches of their steps.
 
-The only thing that a caller sees of the kernels. Models come and go; each has a width, a training set, rates and a step
-count of its own and shares the rest (``Shape``).
+What a caller sees of ``drivers.py`` and ``tiles.py``. Models come and go; each has a width, a training set, rates and
+a step count of its own and shares the rest (``Shape``).
 """
 
 import contextlib
@@ -493,7 +493,7 @@ class Models:
         kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=self.config.stages, enable_fp_fusion=False)
 
     def _step(self, s: int, budget: int) -> None:
-        """One step of all models: 2 L + 1 launches."""
+        """One step of all models: 2 L + 1 launches, 2 without hidden layers, one more with many classes."""
         shape, c, work = self.shape, self.config, self._work
         params, acts = self._params.tensor, self._acts.tensor
         data = (self._pool.tensor, self._rows.tensor, self._labels.tensor, self._drawn.tensor, params, acts)

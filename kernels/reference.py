@@ -1,4 +1,4 @@
-"""Plain-torch mathematics of the classification head; the reference that fused kernels are held to."""
+"""Plain-torch mathematics of layers, activations, head and optimizers; the reference that fused kernels are held to."""
 
 import torch
 

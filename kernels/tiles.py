@@ -152,7 +152,7 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def slope_of(a, ACTIVATION: tl.constexpr):
-    """The derivative, from the activation itself; for those that ``keeps_slopes`` does not name."""
+    """The derivative, from the activation itself; for those that ``fused.py`` keeps no slopes of."""
     if ACTIVATION == "relu":
         return tl.where(a > 0, 1.0, 0.0).to(a.dtype)
     elif ACTIVATION == "leaky_relu":

@@ -171,14 +171,15 @@ def test_every_shipped_configuration_fits(target):
 
 
 def test_the_table_has_every_row_once():
-    rows = configurations.rows()
-    keys = [(row["target"], row["precision"], row["units"]) for row in rows]
-    assert (
-        sorted(keys) == sorted(set(keys)) == sorted(itertools.product(TARGETS, fused.PRECISIONS, configurations.UNITS))
-    )
+    keys = [(row["target"], row["precision"], row["units"]) for row in configurations.rows()]
+    assert len(keys) == len(set(keys))
+    assert set(keys) >= set(itertools.product(TARGETS, fused.PRECISIONS, configurations.UNITS))
 
 
-def test_a_configuration_depends_on_the_width_class_alone():
+def test_a_configuration_depends_on_the_width_class_alone(monkeypatch):
+    rows = tuple({**row, "whole_below": 8192} for row in configurations.rows())  # whatever a GPU found best
+    monkeypatch.setattr(configurations, "rows", lambda: rows)
+
     def of(width, target=90, **fields):
         given = {"features": 64, "classes": 10, "depth": 1, "batch": 64, "precision": "ieee", **fields}
         return configurations.configuration(width=width, target=target, **given)
@@ -193,7 +194,7 @@ def test_a_configuration_depends_on_the_width_class_alone():
     assert not of(16, classes=65).whole
     assert of(16, target=89) == of(16, target=80)
     assert of(16, target=120) == of(16, target=90)
-    assert "BB=64" in str(of(16))
+    assert f"BB={of(16).BB} BH=16" in str(of(16))
     with pytest.raises(KeyError, match="capability 70"):
         of(16, target=70)
     with pytest.raises(ValueError, match="1025"):

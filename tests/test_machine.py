@@ -1,6 +1,7 @@
 import math
 import os
 import platform
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
@@ -93,6 +94,7 @@ def test_conditions_name_all_that_the_numbers_depend_on() -> None:
         "platform",
         "device",
         "device_name",
+        "triton_version",
         "threads",
         "backend",
         "variant_backends",
@@ -118,9 +120,10 @@ def test_conditions_name_all_that_the_numbers_depend_on() -> None:
         "bitwise_independent": 1,
     }
     assert {name: found[name] for name in expected} == expected
-    assert {name for name, value in found.items() if not value} == {"tf32"}
+    assert {name for name, value in found.items() if not value} == {"tf32", "triton_version"}
     assert conditions(CPU, ["loop"], "float32", 1)["precision"] == "float32"
-    assert conditions(CPU, ["triton"], "tf32", 1)["tf32"] == 1
+    on_a_gpu = conditions(CPU, ["triton"], "tf32", 1)
+    assert (on_a_gpu["tf32"], on_a_gpu["triton_version"]) == (1, version("triton"))
 
 
 @pytest.mark.parametrize(("backends", "expected"), [(["native", "triton"], 1), (["triton", "vmap"], 0)])

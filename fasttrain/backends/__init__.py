@@ -34,9 +34,7 @@ def choose(name: str, setting: Setting, variant: Variant) -> str:
         if reason is None:
             return _TRITON
         if name == _TRITON:
-            raise UserError(
-                "backend", name, f"{reason}; expected auto, {'' if on_cuda else 'stacked, '}vmap or loop here"
-            )
+            raise UserError("backend", name, f"{reason}; expected auto, stacked, vmap or loop here")
     elif name == "auto":
         reason = "it needs a CUDA device"
     if setting.spec.precision in ROUNDED:

@@ -125,7 +125,7 @@ class Report:
         ended: (position in ``state.runs``, result) of the runs that ended; they are no longer stepped.
         model_steps: optimizer steps made, summed over the runs.
         check_seconds: time that the evaluations for checks took; 0 where they are a part of the kernels that train.
-        launches: fused kernels launched, by backends that have some.
+        launches: kernels that the triton backend launched.
     """
 
     ended: list[tuple[int, ProbeResult]]
@@ -145,7 +145,7 @@ S = TypeVar("S", bound=State)
 
 
 class Backend(Protocol, Generic[S]):
-    """Trains the runs of one bucket (equal architecture, shape, optimizer and batch size) together.
+    """Trains the runs of one bucket together: those that ``together`` gives one key.
 
     A run's result depends on the run alone, bit for bit: not on the others in the state, their order, or when it
     was inserted.
@@ -168,7 +168,8 @@ class Backend(Protocol, Generic[S]):
     def run(self, state: S, until_step: int) -> Report:
         """Steps all runs, checking each on its whole training set where its rules say so.
 
-        Returns when ``state.clock`` is ``until_step``, or at a check before it at which a run ended.
+        Returns when ``state.clock`` is ``until_step``, or at a check before it at which a run ended. A run that ended
+        earlier than the others stands still until then.
         """
 
     def select(self, state: S, keep: Sequence[int]) -> S:

@@ -23,7 +23,6 @@ _CHUNK = 128  # samples a pass over a whole training set takes at once; a consta
 # Elements of a hidden layer that a model must fill for an approximated activation to treat it alike wherever it lies:
 # two AVX-512 registers of float32 for each of two threads (docs/decisions/0002-bitwise-on-cpu.md).
 _WHOLE = 64
-_MOST_CLASSES = 4096  # of the fused head, whose logits stay in registers
 _PASS_BYTES = 64 * 2**20  # inputs and activations of one pass
 
 
@@ -62,7 +61,7 @@ class VmapBackend:
         self._variant = variant
         self._full = variant.batch_size == FULL_BATCH
         self._spare_rows = -variant.batch_size % _row_multiple(variant)
-        self._fused = variant.classes <= _MOST_CLASSES and _kernels_run(setting.device)
+        self._fused = _kernels_run(setting.device, variant.classes)
         self._optimizer = _fused_optimizer(variant.optimizer) if self._fused else OPTIMIZERS[variant.optimizer]
         self._model = MLP(variant, setting.features).to(setting.device, setting.dtype)
         self._layout = Layout({name: tuple(p.shape) for name, p in self._model.named_parameters()})
@@ -305,7 +304,7 @@ class VmapBackend:
         return torch.stack([mean, wrong.double().sum(1)])
 
 
-def _kernels_run(device: torch.device) -> bool:
+def _kernels_run(device: torch.device, classes: int) -> bool:
     """Whether the fused head and update can be had: on CUDA, or under Triton's interpreter."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return False
@@ -313,7 +312,7 @@ def _kernels_run(device: torch.device) -> bool:
         from fasttrain.kernels import rows
     except ImportError:
         return False
-    return rows.MOST_CLASSES == _MOST_CLASSES
+    return classes <= rows.MOST_CLASSES
 
 
 def _fused_optimizer(name: str) -> Optimizer:

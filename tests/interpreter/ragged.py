@@ -17,7 +17,7 @@ FEATURES, CLASSES = 7, 5
 class Ragged:
     """Models with random weights, data and rates; model k of ``widths`` and ``ns`` is the same in any company."""
 
-    def __init__(self, widths, ns, *, dtype=torch.float64, whole=False, inputs=None, which=None, **fields):
+    def __init__(self, widths, ns, *, dtype=torch.float64, whole=False, inputs=None, **fields):
         fields = {
             "features": FEATURES, "classes": CLASSES, "depth": 1, "activation": "relu", "optimizer": "sgd",
             "batch": 16, "precision": "ieee", "budget": 20, "check_every": 5, "plateau_after": 10**6,
@@ -32,7 +32,9 @@ class Ragged:
         self.models = fused.Models(self.shape, self.config, torch.device("cpu"), dtype, inputs)
         self.widths, self.ns = widths, ns
         self.made: list[fused.Model] = []
-        self.add(range(len(widths)) if which is None else which)
+        for k in range(len(widths)):
+            self.made.append(self.model(k))
+        self.models.add(self.made)
 
     def model(self, k: int) -> fused.Model:
         rng = np.random.default_rng([k, 11])
@@ -52,11 +54,6 @@ class Ragged:
                 (rng.standard_normal((o, i)) / i**0.5, rng.standard_normal(o) / 4) for i, o in itertools.pairwise(sizes)
             ],
         )
-
-    def add(self, which) -> None:
-        new = [self.model(k) for k in which]
-        self.models.add(new)
-        self.made += new
 
     def poison(self) -> None:
         """Fills what kernels must write before they read it."""
