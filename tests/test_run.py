@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,6 +66,16 @@ def test_the_same_scan_twice_gives_the_same_file_but_for_times(tmp_path):
     assert (first.probes.groupby("variant").size() == first.curves.n_probes).all()
     other = fasttrain.scan(fasttrain.ScanSpec(**SMALL, seed=1))
     assert not np.array_equal(other.probes.train_loss, first.probes.train_loss)
+
+
+def test_the_document_names_attributes_that_a_scan_writes(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "hdf5.md").read_text(encoding="utf-8")
+    section = re.search(r"^### Conditions and summary\n(.*?)(?=^##)", text, re.M | re.S)
+    cells = re.findall(r"^\| ([^|]*) \| [^|]* \| [^|]* \|$", section[1], re.M)
+    names = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    results = fasttrain.scan(fasttrain.ScanSpec(**SMALL), out=tmp_path / "a.h5")
+    assert {"launches", "check_seconds", "variant_configurations", "search_seconds"} <= names <= set(results.attrs)
+    assert set(TIMING_ATTRIBUTES) - {"started", "ended"} <= names
 
 
 def test_the_number_of_slots_changes_no_result(monkeypatch):
