@@ -99,7 +99,7 @@ def configuration(
     weights = features * most + (depth - 1) * most * most + most * classes if depth else features * classes
     held = max(16, 1 << (classes - 1).bit_length())
     # The logits of a block of samples stay in registers: with many classes, of fewer samples and more warps.
-    room = _SAMPLES[0] if held <= 64 else _SAMPLES[1] if held <= 256 else _SAMPLES[2]
+    room = _SAMPLES[0] if held <= 16 else _SAMPLES[1] if held <= 256 else _SAMPLES[2]
     return Configuration(
         whole=bool(batch) and held <= 64 and weights <= row["whole_below"],
         BB=min(row["BB"], room),
