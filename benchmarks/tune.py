@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import click
 import torch
+import triton
 
 from benchmarks.gpu import _rate, advance, data_drawn_once
 from benchmarks.work import BLOCK, Case
@@ -44,7 +45,7 @@ def _speed(case: Case, precision: str, row: dict, whole: bool, budget: float) ->
         backend, state = _state(case, precision, row, whole)
         backend.run(state, BLOCK)
         return _rate(lambda steps: advance(state.models, steps), case.models, budget)
-    except Exception as error:  # a tile that the compiler or the device refuses is a candidate that lost
+    except (triton.CompilationError, triton.OutOfResources) as error:
         click.echo(f"  {row}: {type(error).__name__}")
         return 0.0
 

@@ -171,7 +171,7 @@ def test_the_sanitizer_finds_nothing(tool):
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "compute-sanitizer"
     program = shutil.which("compute-sanitizer") or (str(home) if home.exists() else None)
     if program is None:
-        pytest.skip("compute-sanitizer is not installed: install the CUDA toolkit to run this")
+        pytest.fail("compute-sanitizer is not installed: install the CUDA toolkit to run this")
     command = [program, f"--tool={tool}", "--error-exitcode=9", sys.executable, __file__]
     environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
