@@ -34,6 +34,10 @@ class Configuration:
         warps: of a program.
         head_warps: of a program that holds logits.
         stages: of a pipelined loop.
+        registers: that a thread may take, 0 for what the assembler likes. Left to itself it spills a word or two to fit
+            one more program on a multiprocessor.
+        head_registers: the same, of a program that holds logits.
+        whole_registers: the same, of a program that makes whole steps.
     """
 
     whole: bool
@@ -48,11 +52,15 @@ class Configuration:
     warps: int
     head_warps: int
     stages: int
+    registers: int
+    head_registers: int
+    whole_registers: int
 
     def __str__(self) -> str:
         tiles = " ".join(f"{name}={getattr(self, name)}" for name in ("BB", "BH", "BC", "BK", "CK", "BI", "BO", "BS"))
         return (
-            f"{'whole' if self.whole else 'stages'} {tiles} warps={self.warps},{self.head_warps} stages={self.stages}"
+            f"{'whole' if self.whole else 'stages'} {tiles} warps={self.warps},{self.head_warps} stages={self.stages} "
+            f"registers={self.registers},{self.head_registers},{self.whole_registers}"
         )
 
 
@@ -113,6 +121,10 @@ def configuration(
         warps=row["warps"],
         head_warps=row["warps"] if held <= 64 else 8 if held <= 512 else 16,
         stages=row["stages"] if held <= 128 else 2,
+        # With many classes the head, and float32 products, want more than leaves room for three programs.
+        registers=row["registers"] if held <= 32 or precision != "ieee" else 0,
+        head_registers=row["registers"] if held <= 32 else 0,
+        whole_registers=row["whole_registers"],
     )
 
 

@@ -74,18 +74,18 @@ def hidden_stage(models, work, pool, rows, labels, drawn, params, acts, layer, s
 
 
 @_stage
-def head_stage(models, work, pool, rows, labels, drawn, params, acts, losses, blocks, s, budget,
+def head_stage(models, work, pool, rows, labels, drawn, params, acts, found, blocks, s, budget,
                FULL: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, CLASSES: tl.constexpr,
                ACTIVATION: tl.constexpr, KEEP: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
                CK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """A program a (model, block of samples): [T, 2]; losses [models, blocks] takes its sum."""
+    """A program a (model, block of samples): [T, 2]; found [models, blocks, 2] takes its loss and count."""
     at = work + tl.program_id(0) * 2
     e, block = tl.load(at).to(tl.int64), tl.load(at + 1)
     model = models + e * FIELDS
     if _active(model, s, budget):
         step = tl.load(model + STEP) + s
         head_tile(
-            model, pool, rows, labels, drawn, params, acts, losses + e * blocks + block, 0, step, block,
+            model, pool, rows, labels, drawn, params, acts, found + (e * blocks + block) * 2, 0, step, block,
             FULL, FEATURES, DEPTH, CLASSES, ACTIVATION, KEEP, BB, BH, BC, CK, PRECISION,
         )  # fmt: skip
 
@@ -226,10 +226,9 @@ def _outputs(model, pool, rows, labels, drawn, params, acts, begin, step, block,
              ACTIVATION: tl.constexpr, KEEP: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
              PRECISION: tl.constexpr):  # fmt: skip
     """All hidden layers for a block of samples, one after the other."""
-    width = tl.load(model + WIDTH)
     if DEPTH > 0:
         h0 = 0
-        while h0 < width:
+        while h0 < tl.load(model + WIDTH):
             _hidden(
                 model, pool, rows, labels, drawn, params, acts, 0, begin, step, block, h0,
                 True, TRAIN, FULL, FEATURES, DEPTH, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
@@ -239,7 +238,7 @@ def _outputs(model, pool, rows, labels, drawn, params, acts, begin, step, block,
         layer = 1
         while layer < DEPTH:
             h0 = 0
-            while h0 < width:
+            while h0 < tl.load(model + WIDTH):
                 _hidden(
                     model, pool, rows, labels, drawn, params, acts, layer, begin, step, block, h0,
                     False, TRAIN, FULL, FEATURES, DEPTH, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
@@ -250,7 +249,7 @@ def _outputs(model, pool, rows, labels, drawn, params, acts, begin, step, block,
 
 
 @_stage
-def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates, corrections, acts, losses, blocks,
+def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates, corrections, acts, found, blocks,
                 history, checks, steps, budget, check_every, plateau_after, FULL: tl.constexpr,
                 FEATURES: tl.constexpr, DEPTH: tl.constexpr, CLASSES: tl.constexpr, ACTIVATION: tl.constexpr,
                 KEEP: tl.constexpr, OPTIMIZER: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
@@ -263,26 +262,26 @@ def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates,
     """
     e = tl.program_id(0).to(tl.int64)
     model = models + e * FIELDS
-    width, batch, n, room = tl.load(model + WIDTH), tl.load(model + BATCH), tl.load(model + N), tl.load(model + ROOM)
+    # Sizes are loaded where they are used: kept, they would take registers away from the tiles.
     begun = tl.load(model + STEP)
     s = 0
     go = (tl.load(model + STOPPED) == 0) & (begun < budget)
     while go:
         step = begun + s
         block = 0
-        while block * BB < batch:
+        while block * BB < tl.load(model + BATCH):
             _outputs(
                 model, pool, rows, labels, drawn, params, acts, 0, step, block,
                 True, FULL, FEATURES, DEPTH, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
             )  # fmt: skip
             _head(
-                model, pool, rows, labels, drawn, params, acts, losses + e * blocks + block, 0, step, block,
+                model, pool, rows, labels, drawn, params, acts, found + (e * blocks + block) * 2, 0, step, block,
                 FULL, FEATURES, DEPTH, CLASSES, ACTIVATION, KEEP, BB, BH, BC, CK, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()
             if DEPTH > 0 and BC > FUSED_CLASSES:
                 h0 = 0
-                while h0 < width:
+                while h0 < tl.load(model + WIDTH):
                     _back(
                         model, params, acts, DEPTH, block, h0, True,
                         FEATURES, DEPTH, CLASSES, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
@@ -292,7 +291,7 @@ def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates,
             layer = DEPTH - 1
             while layer > 0:
                 h0 = 0
-                while h0 < width:
+                while h0 < tl.load(model + WIDTH):
                     _back(
                         model, params, acts, layer, block, h0, False,
                         FEATURES, DEPTH, CLASSES, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
@@ -303,8 +302,8 @@ def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates,
             block += 1
         layer = 0
         while layer <= DEPTH:
-            fan_in = tl.where(layer == 0, FEATURES, width)
-            fan_out = tl.where(layer == DEPTH, CLASSES, width)
+            fan_in = tl.where(layer == 0, FEATURES, tl.load(model + WIDTH))
+            fan_out = tl.where(layer == DEPTH, CLASSES, tl.load(model + WIDTH))
             side = tl.where(layer == DEPTH, BO, BH)
             i = 0
             while i * BI < fan_in:
@@ -324,12 +323,12 @@ def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates,
             total = tl.zeros([], dtype=tl.float64)
             mistakes = tl.zeros([], dtype=tl.int64)
             # By blocks of the room, each summed over the passes first: the order of the other driver.
-            used = tl.cdiv(tl.minimum(n, room), BB)
+            used = tl.cdiv(tl.minimum(tl.load(model + N), tl.load(model + ROOM)), BB)
             block = 0
             while block < used:
                 part = tl.zeros([], dtype=tl.float64)
                 begin = 0
-                while begin + block * BB < n:
+                while begin + block * BB < tl.load(model + N):
                     _outputs(
                         model, pool, rows, labels, drawn, params, acts, begin, step, block,
                         False, FULL, FEATURES, DEPTH, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
@@ -341,7 +340,7 @@ def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates,
                     tl.debug_barrier()
                     part += loss
                     mistakes += missed
-                    begin += room.to(tl.int32)
+                    begin += tl.load(model + ROOM).to(tl.int32)
                 total += part
                 block += 1
             stop = decide(

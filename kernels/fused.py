@@ -376,7 +376,7 @@ class Models:
         device = self._device
         most = max((slot.passes for slot in slots), default=0)
         blocks = max((slot.blocks for slot in slots), default=0)
-        self._losses = torch.zeros(len(slots), blocks, dtype=self._dtype, device=device)
+        self._found = torch.zeros(len(slots), blocks, 2, dtype=self._dtype, device=device)
         self._check_losses = torch.zeros(len(slots), most, dtype=torch.float64, device=device)
         self._check_wrong = torch.zeros(len(slots), most, dtype=torch.int64, device=device)
         if c.whole:
@@ -422,13 +422,14 @@ class Models:
         # A loss may be NaN; a number of samples is one once a check was made.
         return [checks[~np.isnan(checks[:, 1]), :2] for checks in found]
 
-    def batch_losses(self) -> np.ndarray:
-        """float64 [E]: the mean loss of each model's last minibatch, in nats."""
+    def last_step(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each model's last minibatch, float64 [E]: mean loss in nats, and samples strictly right. Waits for the
+        device."""
         places = [self._place(k) for k in self._order]
-        used = np.array([-(-place.batch // self.config.BB) for place in places])
-        losses = self._losses.double().cpu().numpy()[self._order]
-        sums = np.where(np.arange(losses.shape[1]) < used[:, None], losses, 0.0).sum(1)
-        return sums / np.array([place.batch for place in places])
+        used = np.array([-(-place.batch // self.config.BB) for place in places], dtype=int)
+        found = self._found.double().cpu().numpy()[self._order]
+        sums = np.where((np.arange(found.shape[1]) < used[:, None])[..., None], found, 0.0).sum(1)
+        return sums[:, 0] / np.array([place.batch for place in places]), sums[:, 1]
 
     def _stages(self, steps: int) -> None:
         """So many steps in stages, on CUDA as a graph recorded at the first call with checks at the same steps."""
@@ -488,9 +489,14 @@ class Models:
             if s in checks:
                 self._check(s, budget)
 
-    def _start(self, kernel: triton.JITFunction, programs: int, *args: object, warps: int, **constants: object) -> None:
+    def _start(
+        self, kernel: triton.JITFunction, programs: int, *args: object, warps: int, registers: int, **constants: object
+    ) -> None:
         self.launches += 1
-        kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=self.config.stages, enable_fp_fusion=False)
+        limit = {"maxnreg": registers} if registers else {}
+        kernel[(programs,)](
+            *args, **constants, num_warps=warps, num_stages=self.config.stages, enable_fp_fusion=False, **limit
+        )
 
     def _step(self, s: int, budget: int) -> None:
         """One step of all models: 2 L + 1 launches, 2 without hidden layers, one more with many classes."""
@@ -501,10 +507,10 @@ class Models:
             self._hidden(layer, "hidden", s, 0, budget, train=True)
         self._start(
             drivers.head_stage, len(work["head"]), self._table, work["head"], *data,
-            self._losses, self._losses.shape[1], s, budget,
+            self._found, self._found.shape[1], s, budget,
             FULL=not shape.batch, FEATURES=shape.features, DEPTH=shape.depth, CLASSES=shape.classes,
             ACTIVATION=shape.activation, KEEP=self._keep, BB=c.BB, BH=c.BH, BC=c.BC, CK=c.CK,
-            PRECISION=shape.precision, warps=c.head_warps,
+            PRECISION=shape.precision, warps=c.head_warps, registers=c.head_registers,
         )  # fmt: skip
         if shape.depth and c.BC > _FUSED_CLASSES:
             self._back(shape.depth, s, budget)
@@ -515,6 +521,7 @@ class Models:
             self._pool.tensor, self._drawn.tensor, *self._optimized, acts, s, budget,
             FEATURES=shape.features, DEPTH=shape.depth, CLASSES=shape.classes, KEEP=self._keep,
             OPTIMIZER=shape.optimizer, BI=c.BI, BH=c.BH, BO=c.BO, BS=c.BS, PRECISION=shape.precision, warps=c.warps,
+            registers=c.registers,
         )  # fmt: skip
 
     def _hidden(self, layer: int, work: str, s: int, begin: int, budget: int, train: bool) -> None:
@@ -525,7 +532,7 @@ class Models:
             layer, s, begin, budget, shape.check_every,
             FIRST=layer == 0, TRAIN=train, FULL=not shape.batch, FEATURES=shape.features, DEPTH=shape.depth,
             ACTIVATION=shape.activation, KEEP=self._keep, BB=c.BB, BH=c.BH, BK=c.BK, PRECISION=shape.precision,
-            warps=c.warps,
+            warps=c.warps, registers=c.registers,
         )  # fmt: skip
 
     def _back(self, layer: int, s: int, budget: int) -> None:
@@ -534,7 +541,7 @@ class Models:
             drivers.back_stage, len(work), self._table, work, self._params.tensor, self._acts.tensor, layer, s,
             budget, LAST=layer == shape.depth, FEATURES=shape.features, DEPTH=shape.depth,
             CLASSES=shape.classes, ACTIVATION=shape.activation, KEEP=self._keep, BB=c.BB, BH=c.BH, BK=c.BK,
-            PRECISION=shape.precision, warps=c.warps,
+            PRECISION=shape.precision, warps=c.warps, registers=c.registers,
         )  # fmt: skip
 
     def _check(self, s: int, budget: int) -> None:
@@ -548,12 +555,12 @@ class Models:
                 self._rows.tensor, self._labels.tensor, self._drawn.tensor, self._params.tensor, self._acts.tensor,
                 self._check_losses, self._check_wrong, self._check_losses.shape[1], s, begin, budget,
                 shape.check_every, FEATURES=shape.features, DEPTH=shape.depth, CLASSES=shape.classes,
-                BB=c.BB, BC=c.BC, CK=c.CK, PRECISION=shape.precision, warps=c.head_warps,
+                BB=c.BB, BC=c.BC, CK=c.CK, PRECISION=shape.precision, warps=c.head_warps, registers=c.head_registers,
             )  # fmt: skip
         self._start(
             drivers.decide_stage, len(self._slots), self._table, self._check_losses, self._check_wrong,
             self._check_losses.shape[1], self._history, shape.checks, s, budget, shape.check_every,
-            shape.plateau_after, RATIO=shape.plateau_ratio, BB=c.BB, warps=1,
+            shape.plateau_after, RATIO=shape.plateau_ratio, BB=c.BB, warps=1, registers=0,
         )  # fmt: skip
 
     def _whole_steps(self, steps: int) -> None:
@@ -561,12 +568,12 @@ class Models:
         self._start(
             drivers.whole_steps, len(self._slots), self._table, self._pool.tensor, self._rows.tensor,
             self._labels.tensor, self._drawn.tensor, *self._optimized, self._acts.tensor,
-            self._losses, self._losses.shape[1], self._history, shape.checks, steps, shape.budget, shape.check_every,
+            self._found, self._found.shape[1], self._history, shape.checks, steps, shape.budget, shape.check_every,
             shape.plateau_after,
             FULL=not shape.batch, FEATURES=shape.features, DEPTH=shape.depth, CLASSES=shape.classes,
             ACTIVATION=shape.activation, KEEP=self._keep, OPTIMIZER=shape.optimizer,
             BB=c.BB, BH=c.BH, BC=c.BC, BK=c.BK, CK=c.CK, BI=c.BI, BO=c.BO, BS=c.BS,
-            RATIO=shape.plateau_ratio, PRECISION=shape.precision, warps=c.head_warps,
+            RATIO=shape.plateau_ratio, PRECISION=shape.precision, warps=c.head_warps, registers=c.whole_registers,
         )  # fmt: skip
         self._advance(steps)
 

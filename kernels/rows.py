@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fasttrain.kernels.tiles import softmax, stepped, strictly_right
+from fasttrain.kernels.tiles import softmax, stepped
 
 BLOCK = 1024  # parameters of a program
 _ROWS = 32  # samples that a program takes at once, fewer with many classes
@@ -70,7 +70,7 @@ def head_kernel(logits, onehot, weight, losses, delta, batch, CLASSES: tl.conste
     total = tl.zeros([], dtype=logits.dtype.element_ty)
     for b0 in range(0, batch, BB):
         z, own, b, valid, at = _block(logits, onehot, e, b0, batch, CLASSES, BB, BC)
-        share, loss = softmax(z, own, CLASSES, BC)
+        share, loss, _ = softmax(z, own, CLASSES, BC)
         w = tl.load(weight + e * batch + b, mask=valid, other=0.0)
         total += tl.sum(tl.where(valid, loss * w, 0.0), 0)
         gradient = (share - own.to(z.dtype)) * w[:, None]
@@ -89,9 +89,9 @@ def check_kernel(logits, onehot, weight, found, models, batch, CLASSES: tl.const
         z, own, b, valid, _ = _block(logits, onehot, e, b0, batch, CLASSES, BB, BC)
         w = tl.load(weight + e * batch + b, mask=valid, other=0.0)
         counts = valid & (w > 0)
-        _, loss = softmax(z.to(tl.float64), own, CLASSES, BC)
+        _, loss, right = softmax(z.to(tl.float64), own, CLASSES, BC)
         total += tl.sum(tl.where(counts, loss * w.to(tl.float64), 0.0), 0)
-        wrong += tl.sum((counts & ~strictly_right(z, own)).to(tl.int64), 0)
+        wrong += tl.sum((counts & ~right).to(tl.int64), 0)
     tl.store(found + e, total)
     tl.store(found + models + e, wrong.to(tl.float64))
 

@@ -327,7 +327,10 @@ def logits_tile(model, pool, rows, labels, drawn, params, acts, begin, step, blo
 
 @triton.jit
 def softmax(z, own, CLASSES: tl.constexpr, BC: tl.constexpr):
-    """Exponentials [BB, BC] over their sum, and the cross-entropy [BB] in nats: NaN where a logit is not finite.
+    """Exponentials [BB, BC] over their sum; the cross-entropy [BB] in nats; whether a sample is right.
+
+    The second is NaN, and the third false, where a logit is not finite. A sample is right whose label has the largest
+    logit alone.
 
     ``own`` marks the label of each sample.
     """
@@ -338,27 +341,34 @@ def softmax(z, own, CLASSES: tl.constexpr, BC: tl.constexpr):
     e = tl.where(inside, tl.exp(z - top[:, None]), 0.0)
     total = tl.sum(e, 1)
     mine = tl.sum(tl.where(own, z, 0.0), 1)
-    return e / total[:, None], tl.log(total) + (top - mine) + strange
+    loss = tl.log(total) + (top - mine) + strange
+    # A largest one that is the only one of its size. A comparison with a masked copy would take registers for it.
+    right = (mine == top) & (tl.sum((z == top[:, None]).to(tl.int32), 1) == 1) & (loss == loss)
+    return e / total[:, None], loss, right
 
 
 @triton.jit
-def head_tile(model, pool, rows, labels, drawn, params, acts, losses, begin, step, block,
+def head_tile(model, pool, rows, labels, drawn, params, acts, found, begin, step, block,
               FULL: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, CLASSES: tl.constexpr,
               ACTIVATION: tl.constexpr, KEEP: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
               BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Logits, loss and their gradient for a block of a step's samples; with few classes also that one layer down."""
+    """Logits and their gradient for a block of a step's samples; with few classes also that one layer down.
+
+    ``found`` takes the sum of the losses and how many samples are strictly right.
+    """
     z, b, valid, label = logits_tile(
         model, pool, rows, labels, drawn, params, acts, begin, step, block,
         True, FULL, FEATURES, DEPTH, CLASSES, BB, BC, BK, PRECISION,
     )  # fmt: skip
     c = tl.arange(0, BC)
     own = c[None, :] == label[:, None]
-    share, loss = softmax(z, own, CLASSES, BC)
+    share, loss, right = softmax(z, own, CLASSES, BC)
     ld = (CLASSES + 3) // 4 * 4
     batch = tl.load(model + BATCH)
     delta = (share - own.to(z.dtype)) * (1.0 / batch.to(z.dtype))
     delta = tl.where(valid[:, None] & (c < CLASSES)[None, :], delta, 0.0)
-    tl.store(losses, tl.sum(tl.where(valid, loss, 0.0), 0))
+    tl.store(found, tl.sum(tl.where(valid, loss, 0.0), 0))
+    tl.store(found + 1, tl.sum((valid & right).to(z.dtype), 0))
     to = acts + acts_at(model, 3 if KEEP else 2, 0, DEPTH) + b[:, None] * ld + c[None, :]
     tl.store(to, delta, mask=valid[:, None] & (c < ld)[None, :])
     if DEPTH > 0 and BC <= FUSED_CLASSES:
@@ -507,15 +517,5 @@ def check_tile(model, pool, rows, labels, drawn, params, acts, begin, block,
         False, False, FEATURES, DEPTH, CLASSES, BB, BC, BK, PRECISION,
     )  # fmt: skip
     own = tl.arange(0, BC)[None, :] == label[:, None]
-    _, loss = softmax(z, own, CLASSES, BC)
-    right = strictly_right(z, own)
+    _, loss, right = softmax(z, own, CLASSES, BC)
     return tl.sum(tl.where(valid, loss, 0.0).to(tl.float64), 0), tl.sum((valid & ~right).to(tl.int64), 0)
-
-
-@triton.jit
-def strictly_right(z, own):
-    """[BB]: whether the label's logit is larger than every other one."""
-    mine = tl.sum(tl.where(own, z, 0.0), 1)
-    others = tl.max(tl.where(own, float("-inf"), z), 1)
-    # Comparisons drop a NaN; with one among the logits the sample is wrong.
-    return (mine > others) & (tl.sum((z != z).to(tl.int32), 1) == 0)

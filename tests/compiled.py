@@ -73,9 +73,9 @@ class Kernel:
 class _Recorder(fused.Models):
     """Records launches instead of making them."""
 
-    def _start(self, kernel, programs, *args, warps, **constants):
+    def _start(self, kernel, programs, *args, warps, registers, **constants):
         key = (kernel.fn.__name__, *sorted(constants.items()))
-        self.__dict__.setdefault("recorded", {})[key] = (kernel, args, constants, warps)
+        self.__dict__.setdefault("recorded", {})[key] = (kernel, args, constants, warps, registers)
 
 
 def launches(case: Case) -> tuple[list, int]:
@@ -120,15 +120,15 @@ def compile_rows(target: int) -> list[Kernel]:
     values, sums = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
     sizes = {"CLASSES": 10, "BB": 32, "BC": 16}
     return [
-        _compile(rows.update_kernel, (*[values] * 6, 1024), {"OPTIMIZER": name, "BLOCK": rows.BLOCK}, 4, 3, target)
+        _compile(rows.update_kernel, (*[values] * 6, 1024), {"OPTIMIZER": name, "BLOCK": rows.BLOCK}, 4, 0, 3, target)
         for name in ("sgd", "adam")
     ] + [
-        _compile(rows.head_kernel, (*[values] * 5, 128), sizes, 4, 3, target),
-        _compile(rows.check_kernel, (*[values] * 3, sums, 64, 128), sizes, 4, 3, target),
+        _compile(rows.head_kernel, (*[values] * 5, 128), sizes, 4, 0, 3, target),
+        _compile(rows.check_kernel, (*[values] * 3, sums, 64, 128), sizes, 4, 0, 3, target),
     ]
 
 
-def _compile(kernel, args, constants, warps, stages, target) -> Kernel:
+def _compile(kernel, args, constants, warps, registers, stages, target) -> Kernel:
     names = kernel.arg_names
     signature, aligned = dict.fromkeys(names, "constexpr"), {}
     for place, (name, value) in enumerate(zip(names, args, strict=False)):
@@ -146,6 +146,8 @@ def _compile(kernel, args, constants, warps, stages, target) -> Kernel:
         attrs=aligned,
     )
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    if registers:
+        options["maxnreg"] = registers
     out = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"

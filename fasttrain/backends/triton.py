@@ -86,7 +86,7 @@ class TritonBackend:
         state.clock = until_step
         ended = np.flatnonzero(state.models.ended()).tolist()
         before = sum(run.step for run in state.runs)
-        for run, loss in zip(state.runs, state.models.batch_losses().tolist(), strict=True):
+        for run, loss in zip(state.runs, state.models.last_step()[0].tolist(), strict=True):
             run.step = min(run.step + steps, self._shape.budget)
             run.batch_loss = loss
         results = []

@@ -59,7 +59,7 @@ class Ragged:
         """Fills what kernels must write before they read it."""
         self.models._acts.tensor.fill_(NAN)
         self.models._drawn.tensor.fill_(10**6)
-        self.models._losses.fill_(NAN)
+        self.models._found.fill_(NAN)
         self.models._check_losses.fill_(NAN)
 
     def batch(self, position: int, step: int) -> np.ndarray:

@@ -27,7 +27,10 @@ def walk(steps: int = 3) -> list[np.ndarray]:
         bench = Ragged(widths, (40, 100), **fields)
         bench.poison()
         bench.models.run(steps)
-        found += [np.append(bench.parameters(k), bench.models.batch_losses()[k]) for k in range(len(widths))]
+        found += [
+            np.append(bench.parameters(k), [column[k] for column in bench.models.last_step()])
+            for k in range(len(widths))
+        ]
     return found
 
 

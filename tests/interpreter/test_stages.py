@@ -64,7 +64,9 @@ def test_a_step_stage_by_stage(fields):
         losses, delta = reference.head(out, onehot, torch.full((1, len(labels)), 1 / len(labels), dtype=torch.float64))
         close(bench.acts(k, -1)[: len(labels), : shape.classes], delta[0].T)
         assert (bench.acts(k, -1)[: len(labels), shape.classes :] == 0).all()
-        assert models.batch_losses()[k] == pytest.approx(losses.item(), rel=1e-13)
+        mean, right = (column[k] for column in models.last_step())
+        assert mean == pytest.approx(losses.item(), rel=1e-13)
+        assert right == reference.strictly_right(out[0].T, onehot[0].T).sum().item()
         deltas.append([bench.acts(k, -1)[: len(labels), : shape.classes]])
 
     fused_back = shape.classes <= fused._FUSED_CLASSES
