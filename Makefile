@@ -28,11 +28,13 @@ scan: $(READY)
 	$(BIN)/fasttrain scan --arch mlp --widths 4,8,16,24 --out emc.h5 --overwrite
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not alone"
+	$(BIN)/python -m pytest -m "alone and not slow and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreter
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not alone"
+	$(BIN)/python -m pytest -m "alone and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreter
 
 test-gpu: $(READY)

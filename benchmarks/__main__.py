@@ -1,4 +1,4 @@
-"""``python -m benchmarks peers|scan|precision|profile|gpu|tune``."""
+"""``python -m benchmarks peers|scan|batching|precision|profile|gpu|tune``."""
 
 import csv
 import datetime
@@ -6,13 +6,14 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import click
 import torch
 
-from benchmarks import peers, precision, profiles, scans
+from benchmarks import batching, peers, precision, profiles, scans
 from benchmarks.work import Case
 from fasttrain.machine import cores
 
@@ -44,6 +45,14 @@ def conditions() -> dict[str, object]:
     return found
 
 
+def _table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 @click.group()
 def main() -> None:
     """Measures fasttrain against peers and against itself."""
@@ -57,11 +66,7 @@ def main() -> None:
 def peers_command(quick: bool, out: Path, repeats: int, seconds: float) -> None:
     """The same work for every contender; writes peers.csv, peers.json and peers.png."""
     rows, facts, good = peers.run(quick, repeats, seconds)
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "peers.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, peers.COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    _table(out / "peers.csv", peers.COLUMNS, rows)
     (out / "peers.json").write_text(json.dumps({**conditions(), **facts}, indent=1) + "\n", encoding="utf-8")
     try:
         peers.chart(rows, str(out / "peers.png"))
@@ -98,6 +103,23 @@ def precision_command(widths: str, tolerance: float, max_probes: int, out: Path)
     (out / "precision.json").write_text(json.dumps({**conditions(), "rows": found}, indent=1) + "\n", encoding="utf-8")
 
 
+@main.command("batching")
+@_QUICK
+@_OUT
+@click.option("--repeats", type=click.IntRange(1), default=7, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, or cuda: then batching-cuda.csv and .json.")
+def batching_command(quick: bool, out: Path, repeats: int, device: str) -> None:
+    """Ways to batch convolutions and attention, and cnn and vit against the loop; writes batching.csv and .json."""
+    if device != "cpu":
+        _cuda()
+    rows, good = batching.run(quick, repeats, device)
+    name = "batching" if device == "cpu" else "batching-cuda"
+    _table(out / f"{name}.csv", batching.COLUMNS, rows)
+    (out / f"{name}.json").write_text(json.dumps(conditions(), indent=1) + "\n", encoding="utf-8")
+    if not good:
+        sys.exit(1)
+
+
 @main.command("profile")
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--shape", default="64,64,16", show_default=True, help="Minibatch, inputs, width.")
@@ -127,11 +149,7 @@ def gpu_command(repeats: int, seconds: float, only: str | None, out: Path) -> No
     from benchmarks import gpu
 
     rows, facts, good = gpu.run(repeats, seconds, only)
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "gpu.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, gpu.COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    _table(out / "gpu.csv", gpu.COLUMNS, rows)
     device = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": version("triton")}
     (out / "gpu.json").write_text(json.dumps({**conditions(), **device, **facts}, indent=1) + "\n", encoding="utf-8")
     if not good:

@@ -20,7 +20,7 @@ from benchmarks.work import BLOCK, Case, Stacked
 from fasttrain.backends import base, make_backend, together
 from fasttrain.backends.base import Run
 from fasttrain.kernels import fused, reference
-from fasttrain.optim import OPTIMIZERS
+from fasttrain.optim import make_optimizer
 from fasttrain.records import Probe, Problem
 from fasttrain.spec import ScanSpec
 
@@ -205,7 +205,8 @@ class Vmap:
         (variant,) = setting.spec.variants(10)
         self.backend = make_backend("vmap", setting, variant)
         if not fused:
-            self.backend._fused, self.backend._optimizer = False, OPTIMIZERS[variant.optimizer]
+            self.backend._fused = False
+            self.backend._optimizer = make_optimizer(variant, self.backend._layout, setting.spec.steps)
         self.state = self.backend.init(case.runs(setting, case.models))
 
     def __call__(self, steps: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 import fasttrain
+from fasttrain.cli.datasets import data_commands
 from fasttrain.cli.options import EXAMPLES, GroupedCommand, given_fields, spec_options
 
 DEFAULT_OUT = "emc.h5"
@@ -58,6 +59,7 @@ def _commands(context: click.Context) -> None:
 @click.option("--spec", "spec_file", metavar="FILE", help="TOML file that gives any of the options above.")
 @click.option("--out", default=DEFAULT_OUT, show_default=True, metavar="FILE", help="HDF5 file to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
+@click.option("--save-weights", is_flag=True, help="Keep the parameters of every fitted run in the file.")
 @click.option("--quiet", is_flag=True, help="Print the final table and errors only, no progress.")
 @click.option("--dry-run", is_flag=True, help="Print the variants, memory and cost; train and write nothing.")
 @click.pass_context
@@ -66,6 +68,7 @@ def _scan(
     spec_file: str | None,
     out: str,
     overwrite: bool,
+    save_weights: bool,
     quiet: bool,
     dry_run: bool,
     **_: Any,
@@ -87,24 +90,51 @@ def _scan(
 
         click.echo(_plain("\n".join(preview_text(fasttrain.preview(spec)))))
         return 0
-    return _measure(spec, out, overwrite, quiet)
+    return _measure(spec, out, overwrite, quiet, save_weights)
 
 
 @_commands.command("show")
 @click.argument("file")
-def _show(file: str) -> int:
-    """Print the table of a finished, interrupted or killed scan again."""
-    _print_results(fasttrain.load(file), file)
+@click.option("--all", "losers", is_flag=True, help="Also the learning rates that were dropped or lost.")
+def _show(file: str, losers: bool) -> int:
+    """Print the table of a finished, interrupted or killed scan again.
+
+    Of the learning rates that raced, it has the winner's line.
+    """
+    _print_results(fasttrain.load(file), file, losers)
     return 0
 
 
-def _measure(spec: "fasttrain.ScanSpec", out: str, overwrite: bool, quiet: bool) -> int:
+_commands.add_command(data_commands)
+
+
+@_commands.command("rerun")
+@click.argument("file")
+@click.option("--probe", required=True, metavar="ID", help="Index of the run, the column probe of /probes.")
+def _rerun(file: str, probe: str) -> int:
+    """Train one run of a file again and show its training curve.
+
+    On the same hardware with the same versions it gives the same numbers, and says whether it did.
+    """
+    from fasttrain.cli.tables import rerun_text
+
+    if not probe.isdecimal() or len(probe) > 18:
+        raise fasttrain.UserError("probe", probe, "expected the index of a run, 0 or more")
+    results = fasttrain.load(file)
+    again = fasttrain.rerun(results, int(probe))
+    click.echo(_plain("\n".join(rerun_text(again, results, int(probe)))))
+    return 0
+
+
+def _measure(spec: "fasttrain.ScanSpec", out: str, overwrite: bool, quiet: bool, save_weights: bool) -> int:
     from fasttrain.cli.progress import reporter
 
     before = _identity(out)
     try:
         with reporter(quiet) as on_progress:
-            results = fasttrain.scan(spec, out=out, overwrite=overwrite, on_progress=on_progress)
+            results = fasttrain.scan(
+                spec, out=out, overwrite=overwrite, save_weights=save_weights, on_progress=on_progress
+            )
     except KeyboardInterrupt:
         click.echo(_plain(_kept(out, before)), err=True)
         return INTERRUPTED
@@ -118,10 +148,10 @@ def _measure(spec: "fasttrain.ScanSpec", out: str, overwrite: bool, quiet: bool)
     return 0
 
 
-def _print_results(results: "fasttrain.Results", path: str) -> None:
+def _print_results(results: "fasttrain.Results", path: str, losers: bool = False) -> None:
     from fasttrain.cli.tables import results_text
 
-    click.echo(_plain("\n".join(results_text(results, path))))
+    click.echo(_plain("\n".join(results_text(results, path, losers))))
 
 
 def _kept(out: str, before: tuple[int, ...] | None) -> str:

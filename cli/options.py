@@ -10,7 +10,19 @@ from click.core import ParameterSource
 
 from fasttrain import ScanSpec
 from fasttrain.activations import ACTIVATIONS
-from fasttrain.spec import ARCHITECTURES, BACKENDS, FULL_BATCH, LABELS, OPTIMIZERS, PRECISIONS
+from fasttrain.spec import (
+    ARCHITECTURES,
+    BACKENDS,
+    FULL_BATCH,
+    INPUTS,
+    LABELS,
+    LR_SEARCHES,
+    NORMS,
+    OPTIMIZERS,
+    PRECISIONS,
+    SCALINGS,
+    SCHEDULES,
+)
 
 EXAMPLES = """\b
 Examples:
@@ -45,16 +57,56 @@ def _one_of(names: Any) -> str:
 
 _MODEL, _TASK, _TRAINING, _SEARCH, _MACHINE = "Models", "Task", "Training", "Search", "Machine"
 FIELDS: dict[str, _Help] = {
-    "arch": _Help(_MODEL, _one_of(ARCHITECTURES), "Architecture family."),
-    "widths": _Help(_MODEL, "LIST", "Hidden units a layer: numbers or ranges."),
-    "depths": _Help(_MODEL, "LIST", "Hidden layers; 0 is the linear classifier, which has no width."),
+    "arch": _Help(
+        _MODEL,
+        "LIST",
+        f"Architecture families: {', '.join(ARCHITECTURES)}; or package.module:factory of your own, which is imported "
+        "and run.",
+    ),
+    "widths": _Help(_MODEL, "LIST", "Hidden units a layer, channels (cnn) or embedding (vit): numbers or ranges."),
+    "depths": _Help(_MODEL, "LIST", "Hidden layers or blocks; 0 is the linear classifier, which has no width."),
+    "scaling": _Help(_MODEL, _one_of(SCALINGS), "Every width with every depth, or the first with the first and so on."),
+    "match_params": _Help(
+        _MODEL,
+        "",
+        "Take the widths of the first architecture; for the others, those with parameter counts within 5 % of it.",
+    ),
     "activation": _Help(_MODEL, "LIST", f"Activation functions: {', '.join(ACTIVATIONS)}."),
-    "data": _Help(_TASK, "NAME", "Data set: digits, or gaussian:D, standard normal inputs of D dimensions."),
-    "labels": _Help(_TASK, _one_of(LABELS), "Labels: drawn at random, or those of the data set; or both."),
+    "norm": _Help(
+        _MODEL,
+        _one_of(NORMS),
+        "Batch normalisation in cnn: outputs then depend on the other samples of a minibatch, and only the loop "
+        "backend can train it.",
+    ),
+    "heads": _Help(_MODEL, "N", "Attention heads of vit.", "the largest of 4, 2, 1 that divides the width"),
+    "patch": _Help(_MODEL, "N", "Side of the patches of vit, in pixels.", "the largest with 4 or more along each side"),
+    "init_scale": _Help(_MODEL, "NUMBER", "Factor on the initial weights."),
+    "data": _Help(
+        _TASK,
+        "NAME|FILE",
+        "Data set (fasttrain data list), gaussian:D for standard normal inputs of D dimensions, or a file.",
+    ),
+    "inputs": _Help(
+        _TASK, _one_of(INPUTS), "Inputs as they are, with their features permuted, or normal with their moments."
+    ),
+    "labels": _Help(
+        _TASK, _one_of(LABELS), "Labels: drawn at random, those of the data set, or a share of those drawn anew."
+    ),
     "classes": _Help(_TASK, "LIST", "Numbers of classes, at least 2.", "the data set's, 10 for gaussian"),
-    "optimizer": _Help(_TRAINING, _one_of(OPTIMIZERS), "Optimizers, one or several."),
-    "lr": _Help(_TRAINING, "LIST", "Learning rates, constant over the steps."),
-    "momentum": _Help(_TRAINING, "NUMBER", "Momentum of SGD, from 0 up to, not including, 1."),
+    "optimizer": _Help(_TRAINING, "LIST", f"Optimizers: {', '.join(OPTIMIZERS)}."),
+    "lr": _Help(_TRAINING, "LIST", "Learning rates; of several, the best is searched for."),
+    "lr_search": _Help(
+        _TRAINING,
+        _one_of(LR_SEARCHES),
+        "Of several learning rates, drop the worse and confirm the best on fresh seeds; or measure all to the end.",
+    ),
+    "momentum": _Help(_TRAINING, "NUMBER", "Momentum of sgd and muon, from 0 up to, not including, 1."),
+    "nesterov": _Help(_TRAINING, "", "Nesterov's momentum."),
+    "weight_decay": _Help(_TRAINING, "LIST", "Weight decay; decoupled in adamw and muon."),
+    "schedule": _Help(_TRAINING, "LIST", f"Learning rate over the steps: {', '.join(SCHEDULES)}."),
+    "warmup": _Help(_TRAINING, "N", "Steps in which the learning rate rises from 0."),
+    "clip": _Help(_TRAINING, "NUMBER", "Largest norm of a model's gradient.", "no limit"),
+    "label_smoothing": _Help(_TRAINING, "SHARE", "Share of a label's weight spread over all classes."),
     "batch_size": _Help(_TRAINING, "LIST", "Samples a step, or full for all n."),
     "steps": _Help(_TRAINING, "N", "Optimizer steps that a training run may take."),
     "check_every": _Help(_TRAINING, "N", "Steps between checks on the whole training set."),
@@ -64,7 +116,7 @@ FIELDS: dict[str, _Help] = {
         _SEARCH,
         "N",
         "Largest number of training samples tried.",
-        "the data set's size, 4 times the parameters for gaussian",
+        "the samples there are, 4 times the parameters for gaussian",
     ),
     "interval": _Help(_SEARCH, "P", "Probability content of the reported interval of EMC50."),
     "tolerance": _Help(
@@ -106,6 +158,8 @@ def _option(field: "dataclasses.Field[Any]") -> Callable[[Callable[..., Any]], C
     class Option(_SpecOption):
         group = about.group
 
+    if isinstance(field.default, bool):
+        return click.option(f"--{field.name.replace('_', '-')}", field.name, cls=Option, is_flag=True, help=about.text)
     several = isinstance(field.default, tuple) or field.name == "classes"
     return click.option(
         f"--{field.name.replace('_', '-')}",
@@ -130,9 +184,9 @@ def default_text(field: "dataclasses.Field[Any]") -> str:
     return ",".join(str(value) for value in values)
 
 
-def given_fields(context: click.Context) -> dict[str, str]:
+def given_fields(context: click.Context) -> dict[str, str | bool]:
     """The fields of ``ScanSpec`` that the command line itself gives; a list may be given in parts."""
-    given = {}
+    given: dict[str, str | bool] = {}
     for name in FIELDS:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             value = context.params[name]

@@ -179,15 +179,17 @@ def _live(stream: TextIO) -> Iterator[Report]:
 def _state(estimate: Any) -> str:
     if estimate.finished:
         return "done"
-    return "running" if estimate.n_probes else "waiting"
+    return "running" if estimate.n_probes or estimate.race == "won" else "waiting"
 
 
 def _reason(estimate: Any) -> str:
-    """Why a variant ended without the tolerance met, if so."""
+    """Why a variant ended without the tolerance met, if so, and where its learning rate stands in its race."""
+    race = str(estimate.race)
     if not estimate.finished:
-        return ""
+        return ", lr won, confirming" if race == "won" else ""
     words = {"above": ", above n-max", "below": ", below n-min"}
-    return words.get(str(estimate.censored), "") + (", budget spent" if estimate.budget_spent else "")
+    ended = words.get(str(estimate.censored), "") + (", budget spent" if estimate.budget_spent else "")
+    return ended + (f", lr {race}" if race else "")
 
 
 def _emc(estimate: Any) -> str:

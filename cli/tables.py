@@ -10,7 +10,7 @@ from fasttrain.spec import FULL_BATCH
 if TYPE_CHECKING:
     import pandas
 
-    from fasttrain import Preview, Results
+    from fasttrain import Preview, Rerun, Results
 
 Row = Mapping[str, Any]
 
@@ -24,17 +24,51 @@ _SETTINGS = {
     "width": "width",
     "depth": "depth",
     "activation": "activation",
+    "norm": "norm",
+    "heads": "heads",
+    "patch": "patch",
+    "init_scale": "init scale",
     "optimizer": "optimizer",
     "lr": "lr",
+    "momentum": "momentum",
+    "nesterov": "nesterov",
+    "weight_decay": "decay",
+    "schedule": "schedule",
+    "warmup": "warm-up",
+    "clip": "clip",
+    "label_smoothing": "smoothing",
     "batch_size": "batch",
+    "inputs": "inputs",
     "labels": "labels",
     "classes": "classes",
 }
-_LEFT = {"arch", "activation", "optimizer", "labels", "interval", "state", "notes"}
+_DEFAULTS = {
+    "norm": "none",
+    "heads": 0,
+    "patch": 0,
+    "init_scale": 1.0,
+    "nesterov": False,
+    "weight_decay": 0.0,
+    "schedule": "constant",
+    "warmup": 0,
+    "clip": 0.0,
+    "label_smoothing": 0.0,
+    "inputs": "real",
+}
+"""Settings that say nothing at these values: they are not mentioned where all variants have them."""
+_DERIVED = ("heads", "momentum")
+"""Settings that follow from others, and are not mentioned where they differ."""
+_LEFT = {"arch", "activation", "norm", "optimizer", "schedule", "inputs", "labels", "interval", "state", "notes"}
 
 
-def results_text(results: "Results", path: str) -> list[str]:
-    """The table of a scan, the conditions that it was measured under, and where it is kept."""
+def results_text(results: "Results", path: str, losers: bool = False) -> list[str]:
+    """The table of a scan, the conditions that it was measured under, and where it is kept.
+
+    Args:
+        results: what to show.
+        path: of their file, to be named.
+        losers: whether to show the learning rates that lost a race too.
+    """
     rows = results.curves.to_dict("records")
     attrs = results.attrs
     conditions = [results.spec.data, *shared_settings(rows)]
@@ -43,18 +77,19 @@ def results_text(results: "Results", path: str) -> list[str]:
     return [
         ", ".join(conditions),
         "",
-        *curve_table(results.curves),
+        *curve_table(results.curves, losers),
         "",
         f"{path}: {count(len(rows), 'variant')}, {count(len(results.probes), 'training run')}, "
         f"{_STATUS.get(str(status), status)}",
     ]
 
 
-def curve_table(frame: "pandas.DataFrame") -> list[str]:
+def curve_table(frame: "pandas.DataFrame", losers: bool = False) -> list[str]:
     """One line a variant, under a line of headings; settings that all variants share are left out.
 
     Args:
         frame: ``Results.curves``.
+        losers: whether there is a line for the learning rates that were dropped from a race or lost it.
     """
     rows: list[dict[str, Any]] = frame.to_dict("records")
     settings = varying_settings(rows)
@@ -62,7 +97,12 @@ def curve_table(frame: "pandas.DataFrame") -> list[str]:
     interval = f"{100 * contents.pop():g}% interval" if len(contents) == 1 else "interval"
     columns = [*settings, "params", "EMC50", "interval", "EMC/param", "runs", "notes"]
     cells = []
+    rates: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:
+        rates.setdefault(_but_lr(row), []).append(setting_text(row, "lr"))
+    for row in rows:
+        if row.get("race") in ("dropped", "lost") and not losers:
+            continue
         value, bounds = emc_text(row["emc50"], row["emc50_low"], row["emc50_high"], row["censored"])
         cells.append(
             [
@@ -72,10 +112,32 @@ def curve_table(frame: "pandas.DataFrame") -> list[str]:
                 bounds,
                 _per_param(row),
                 str(row["n_probes"]),
-                ", ".join(_notes(row)),
+                ", ".join(_notes(row, rates[_but_lr(row)])),
             ]
         )
     return _aligned(columns, cells, {"interval": interval})
+
+
+def rerun_text(again: "Rerun", results: "Results", probe: int) -> list[str]:
+    """The training curve of a run made again, how it ended, and whether that is what the file says."""
+    row = results.probes.iloc[probe]
+    settings = [setting_text(row, name) for name in ("arch", "activation", "optimizer", "labels")]
+    sizes = f"width {row['width']}, depth {row['depth']}, lr {row['lr']:g}, n {row['n']}, seed {row['seed']}"
+    cells = [
+        [str(step), f"{loss:.6g}", f"{accuracy:.4f}"] for step, loss, accuracy in again.history.itertuples(index=False)
+    ]
+    result = again.result
+    ended = f"{result.outcome} after {result.steps} steps: {result.outcome.message}"
+    if not math.isnan(result.test_accuracy):
+        ended += f"; {100 * result.test_accuracy:.1f} % of the held-out samples are right"
+    same = f"not the same as in the file: {', '.join(again.differs)}" if again.differs else "the same as in the file"
+    return [
+        f"run {probe}: {results.spec.data}, {', '.join(settings)}, {sizes}",
+        "",
+        *_aligned(["step", "loss", "accuracy"], cells, {}),
+        "",
+        f"{ended}; {same}.",
+    ]
 
 
 def preview_text(preview: "Preview") -> list[str]:
@@ -101,22 +163,31 @@ def preview_text(preview: "Preview") -> list[str]:
         f"at most {bytes_text(preview.memory_bytes / preview.slots)} a model",
         f"cost: at most {number_text(preview.model_steps_most)} model-steps, "
         f"{seconds_text(preview.seconds_most)}{likely}",
+        *(f"left out: {line}" for line in preview.unmatched),
         "Nothing was trained or written.",
     ]
 
 
 def varying_settings(rows: Sequence[Row]) -> list[str]:
     """The settings that a table must show: width and depth, and what differs between the variants."""
-    return [name for name in _SETTINGS if name in ("width", "depth") or len(_distinct(rows, name)) > 1]
+    return [
+        name
+        for name in _SETTINGS
+        if name in ("width", "depth") or (name not in _DERIVED and len(_distinct(rows, name)) > 1)
+    ]
 
 
 def shared_settings(rows: Sequence[Row]) -> list[str]:
     """The settings that all variants share, in words."""
     words = {"lr": "lr {}", "batch_size": "batch {}", "labels": "{} labels", "classes": "{} classes"}
+    words |= {"inputs": "{} inputs", "nesterov": "Nesterov", "norm": "{} norm"}
+    words |= {name: f"{_SETTINGS[name]} {{}}" for name in _DEFAULTS if name not in words}
+    shown = [name for name in _SETTINGS if name not in ("width", "depth", *_DERIVED)]
     return [
-        words.get(name, "{}").format(setting_text(_distinct(rows, name)[0], name))
-        for name in _SETTINGS
-        if name not in ("width", "depth") and len(_distinct(rows, name)) == 1
+        words.get(name, "{}").format(setting_text(rows_of[0], name))
+        for name in shown
+        if len(rows_of := _distinct(rows, name)) == 1
+        and not (name in _DEFAULTS and rows_of[0][name] == _DEFAULTS[name])
     ]
 
 
@@ -205,13 +276,22 @@ def _per_param(row: Row) -> str:
     return f"{sign}{value / params:#.3g}" if math.isfinite(value) else "-"
 
 
-def _notes(row: Row) -> list[str]:
-    words = {"above": "above n-max", "below": "below n-min"}
-    notes = [words[row["censored"]]] if row["censored"] in words else []
+def _but_lr(row: Row) -> tuple[Any, ...]:
+    """What the rows of one race share."""
+    return tuple(row[name] for name in _SETTINGS if name != "lr")
+
+
+def _notes(row: Row, rates: Sequence[str]) -> list[str]:
+    """What is to be said of a row; ``rates`` are the learning rates of its race."""
+    beyond = {"above": "above n-max", "below": "below n-min"}
+    notes = [beyond[row["censored"]]] if row["censored"] in beyond else []
     if row["budget_spent"]:
         notes.append("budget spent")
     if not row["finished"]:
         notes.append("unfinished")
+    if race := row.get("race"):
+        words = {"running": "lr in a race of {}", "dropped": "lr dropped", "lost": "lr lost", "won": "lr won of {}"}
+        notes.append(words[race].format(",".join(rates)))
     return notes
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fasttrain.analysis import Results, load
     from fasttrain.errors import UserError
     from fasttrain.records import Outcome
+    from fasttrain.repeat import Rerun, rerun
     from fasttrain.run import Preview, Progress, preview, scan
     from fasttrain.spec import ScanSpec, Variant
 
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Outcome": "fasttrain.records",
     "Preview": "fasttrain.run",
+    "Rerun": "fasttrain.repeat",
     "Progress": "fasttrain.run",
     "Results": "fasttrain.analysis",
     "ScanSpec": "fasttrain.spec",
@@ -32,18 +34,21 @@ _EXPORTS = {
     "Variant": "fasttrain.spec",
     "load": "fasttrain.analysis",
     "preview": "fasttrain.run",
+    "rerun": "fasttrain.repeat",
     "scan": "fasttrain.run",
 }
 __all__ = [
     "Outcome",
     "Preview",
     "Progress",
+    "Rerun",
     "Results",
     "ScanSpec",
     "UserError",
     "Variant",
     "load",
     "preview",
+    "rerun",
     "scan",
 ]
 

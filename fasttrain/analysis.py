@@ -1,5 +1,6 @@
 """Reading what a scan has measured, from its file or from memory, as pandas DataFrames."""
 
+import json
 import operator
 import os
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ import pandas as pd
 
 from fasttrain.errors import UserError
 from fasttrain.spec import ScanSpec
-from fasttrain.store import CURVES, HISTORY, PROBES, SCHEMA_VERSION, Block, Column, MemoryStore
+from fasttrain.store import CURVES, HISTORY, PROBES, SCHEMA_VERSION, WEIGHTS, Block, Column, MemoryStore
 
 _CURVE_COLUMNS = HISTORY[1:]
 
@@ -35,6 +36,7 @@ class Results:
         probes: Block,
         attrs: Mapping[str, Any],
         read_history: Callable[[slice], Block],
+        read_weights: Callable[[int], dict[str, np.ndarray]],
         path: Path | None = None,
     ) -> None:
         self.spec = ScanSpec.from_json(spec)
@@ -42,7 +44,7 @@ class Results:
         self.probes = _frame(PROBES, probes)
         self.attrs = dict(attrs)
         self.path = path
-        self._read_history = read_history
+        self._read_history, self._read_weights = read_history, read_weights
         # Apart from the frame, which is the user's to change.
         self._first, self._count = probes["history_start"], probes["history_count"]
 
@@ -54,7 +56,13 @@ class Results:
         def read(rows: slice) -> Block:
             return {name: values[rows] for name, values in history.items()}
 
-        return cls(store.spec, store.block("curves"), store.block("probes"), store.attributes, read)
+        weights = {probe: dict(kept) for probe, kept in store.weights.items()}
+
+        def read_weights(probe: int) -> dict[str, np.ndarray]:
+            return weights.get(probe, {})
+
+        blocks = store.block("curves"), store.block("probes")
+        return cls(store.spec, *blocks, store.attributes, read, read_weights)
 
     def history(self, probe: int) -> pd.DataFrame:
         """The training curve of one probe, read from the file when asked for.
@@ -69,12 +77,33 @@ class Results:
         Raises:
             UserError: there is no such probe, or the file is gone or has been replaced since it was loaded.
         """
+        index = self._index(probe)
+        rows = slice(int(self._first[index]), int(self._first[index] + self._count[index]))
+        return _frame(_CURVE_COLUMNS, self._read_history(rows))
+
+    def weights(self, probe: int) -> dict[str, np.ndarray]:
+        """The parameters of one fitted probe at its end, where ``scan`` was asked to keep them.
+
+        Args:
+            probe: its index, ``probes["probe"]``.
+
+        Returns:
+            float64 arrays by name, as ``torch.nn.Module.load_state_dict`` takes them after ``torch.as_tensor``.
+
+        Raises:
+            UserError: there is no such probe, its weights were not kept, or the file is gone or has been replaced.
+        """
+        found = self._read_weights(self._index(probe))
+        if not found:
+            raise UserError("probe", probe, "its weights were not kept; a scan with save_weights keeps those that fit")
+        return found
+
+    def _index(self, probe: int) -> int:
         index = operator.index(probe)
         if not 0 <= index < len(self._first):
             known = f"0 to {len(self._first) - 1}" if len(self._first) else "none, there are no probes"
             raise UserError("probe", probe, f"no such probe; expected {known}")
-        rows = slice(int(self._first[index]), int(self._first[index] + self._count[index]))
-        return _frame(_CURVE_COLUMNS, self._read_history(rows))
+        return index
 
     def __repr__(self) -> str:
         source = f" from {self.path}" if self.path is not None else ""
@@ -90,6 +119,9 @@ def load(path: str | os.PathLike[str]) -> Results:
     Raises:
         UserError: there is no such file, it is not HDF5 or not of fasttrain, it is damaged, a newer fasttrain
             wrote it, or a scan still writes it.
+
+    In a file of schema version 1, what it lacks has the value that it had then: the default of its ``store.Column``,
+    and ``lr_search="all"``.
     """
     path = Path(path)
     with _Reader(path) as reader:
@@ -100,15 +132,23 @@ def load(path: str | os.PathLike[str]) -> Results:
             raise UserError("file", path, f"is damaged: /history is shorter than the {end} rows that /probes needs")
         curves = reader.table("curves", CURVES, growing=False)
         spec = reader.text("spec")
+        if reader.version == 1:
+            # Its learning rates never raced, which is the default now.
+            spec = json.dumps({"lr_search": "all", **json.loads(spec)})
+
+    def opened() -> "_Reader":
+        return _Reader(path, {name: attrs.get(name) for name in ("spec_digest", "started")})
 
     def read(rows: slice) -> Block:
-        with _Reader(path) as reader:
-            if any(reader.attrs.get(name) != attrs.get(name) for name in ("spec_digest", "started")):
-                raise UserError("file", path, "has been replaced since it was loaded; load it again")
+        with opened() as reader:
             return reader.block("history", _CURVE_COLUMNS, rows)
 
+    def read_weights(probe: int) -> dict[str, np.ndarray]:
+        with opened() as reader:
+            return reader.weights(probe)
+
     try:
-        return Results(spec, curves, probes, attrs, read, path)
+        return Results(spec, curves, probes, attrs, read, read_weights, path)
     except UserError as error:
         raise UserError("file", path, f"its spec cannot be read ({error})") from None
 
@@ -116,8 +156,8 @@ def load(path: str | os.PathLike[str]) -> Results:
 class _Reader:
     """An open file; whatever goes wrong inside a ``with`` becomes a ``UserError`` that names the file."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, same: Mapping[str, Any] | None = None) -> None:
+        self._path, self._same = path, same or {}
 
     def __enter__(self) -> "_Reader":
         if not self._path.is_file():
@@ -134,12 +174,15 @@ class _Reader:
             version = self.attrs.get("schema_version")
             if not isinstance(version, int):
                 raise UserError("file", self._path, "was not written by fasttrain (no schema_version)")
+            self.version = version
             if version > SCHEMA_VERSION:
                 raise UserError(
                     "file",
                     self._path,
                     f"has schema version {version}; this fasttrain reads up to {SCHEMA_VERSION}, update it",
                 )
+            if any(self.attrs.get(name) != value for name, value in self._same.items()):
+                raise UserError("file", self._path, "has been replaced since it was loaded; load it again")
         except BaseException as error:
             self.__exit__(type(error), error)
             raise
@@ -159,7 +202,8 @@ class _Reader:
 
     def rows(self, group: str, columns: tuple[Column, ...], growing: bool) -> int:
         """The rows that all columns have; a kill may leave some columns of a growing group longer."""
-        shapes = {column.name: self._data(f"{group}/{column.name}").shape for column in columns}
+        written = [column for column in columns if not self._lacks(column)]
+        shapes = {column.name: self._data(f"{group}/{column.name}").shape for column in written}
         for name, shape in shapes.items():
             if len(shape) != 1 or not (growing or shape == shapes[columns[0].name]):
                 raise UserError("file", self._path, f"is damaged: column /{group}/{name} has shape {shape}")
@@ -173,10 +217,24 @@ class _Reader:
         """Some rows of some columns."""
         block = {}
         for column in columns:
+            if self._lacks(column):
+                block[column.name] = np.full(rows.stop - rows.start, column.default, column.dtype)
+                continue
             data = self._data(f"{group}/{column.name}")
             values = data.asstr()[rows] if column.kind is str else data[rows]
             block[column.name] = values if column.kind is str else values.astype(column.dtype, copy=False)
         return block
+
+    def _lacks(self, column: Column) -> bool:
+        """Whether the file is of a version that does not have the column."""
+        return self.version == 1 and column.default is not None
+
+    def weights(self, probe: int) -> dict[str, np.ndarray]:
+        """The parameters of a probe by name; empty if they were not kept."""
+        group = self._file.get(f"{WEIGHTS}/{probe}")
+        if not isinstance(group, h5py.Group):
+            return {}
+        return {name: self._data(f"{WEIGHTS}/{probe}/{name}")[()].astype(np.float64, copy=False) for name in group}
 
     def _data(self, name: str) -> h5py.Dataset:
         data = self._file.get(name)

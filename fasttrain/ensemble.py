@@ -57,7 +57,7 @@ class Stack:
     Attributes:
         params: [E, P].
         grads: [E, P], scratch.
-        optim: optimizer state, each [E, P].
+        optim: optimizer state, each [E, S] with an S of its own.
     """
 
     params: torch.Tensor
@@ -65,9 +65,9 @@ class Stack:
     optim: list[torch.Tensor]
 
     @classmethod
-    def of(cls, rows: torch.Tensor, states: int) -> "Stack":
-        """A stack of new models from parameter rows [E, P], without spare rows; optimizer state zero."""
-        return cls(rows, torch.zeros_like(rows), [torch.zeros_like(rows) for _ in range(states)])
+    def of(cls, rows: torch.Tensor, sizes: Sequence[int]) -> "Stack":
+        """A stack of new models from parameter rows [E, P], without spare rows; optimizer state of these sizes zero."""
+        return cls(rows, torch.zeros_like(rows), [rows.new_zeros(len(rows), size) for size in sizes])
 
     def take(self, positions: Sequence[int]) -> "Stack":
         """The rows at these positions, and spare rows up to ``capacity``."""

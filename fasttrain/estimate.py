@@ -81,6 +81,14 @@ class Posterior:
         x, below = _cdf(self.m, self.weight.sum((1, 2)))
         return 1.0 - float(np.interp(m, x, below))
 
+    def below(self, other: "Posterior", bottom: float, top: float) -> float:
+        """P(own ln EMC50 < the other's), the two independent; all beyond [bottom, top] counts as equal there."""
+        x, own = _cdf(self.m, self.weight.sum((1, 2)))
+        at, others = _cdf(other.m, other.weight.sum((1, 2)))
+        mass = np.diff(np.interp(np.minimum(x, top), x, own))
+        above = 1.0 - np.interp(np.maximum(x, bottom), at, others)
+        return float((mass * (above[1:] + above[:-1])).sum() / 2.0)
+
     @property
     def slope(self) -> float:
         """Posterior median of s."""

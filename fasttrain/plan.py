@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from fasttrain.data import DataInfo
+from fasttrain.data import DataInfo, available
 from fasttrain.errors import UserError
 from fasttrain.records import Problem
 from fasttrain.spec import FULL_BATCH, ScanSpec, Variant
@@ -10,21 +10,60 @@ from fasttrain.spec import FULL_BATCH, ScanSpec, Variant
 _MOST_SLOTS = {"cpu": 64, "cuda": 1024}
 _SLOTS_OF_WORKER = 2  # so that a worker that has finished with one finds the next at once
 _ROWS = 7  # parameters, gradient, two moments, temporaries and a copy while slots are refilled
+_MUON_ROWS = 4  # of Newton-Schulz, for the largest matrix
+_SHAMPOO_LARGEST = 1024  # optim.SHAMPOO_LARGEST, which cannot be had without torch
+_SHAMPOO_RATIO = 16  # numbers of all statistics over parameters, where the shapes are not known here
 _PASS_ROWS = 128
 _CHECK_BYTES = 160  # of what is kept of a check while a run lasts
 
 
 def bucket(variant: Variant) -> Variant:
-    """The key of the bucket: variants with an equal key share one step function, whatever their learning rates."""
-    return dataclasses.replace(variant, lr=1.0, momentum=0.0, labels="random")
+    """The key of the bucket: variants with an equal key share one step function, whatever their learning rates.
+
+    Data and initial weights may differ too, and the weight decay, but not whether there is one.
+    """
+    decay = 1.0 if variant.weight_decay else 0.0
+    return dataclasses.replace(
+        variant, lr=1.0, momentum=0.0, weight_decay=decay, labels="random", inputs="real", init_scale=1.0
+    )
 
 
-def default_n_max(params: int, info: DataInfo) -> int:
-    """Where the spec leaves n-max open: the data set's size, or 4 times the parameters where any n can be drawn.
+def optimizer_numbers(variant: Variant, features: int, params: int) -> int:
+    """Numbers that an optimizer takes beyond what SGD and Adam do, in its state or while it works.
+
+    Of Shampoo exactly for multilayer perceptrons: statistics and roots, a copy of them while slots are refilled, and an
+    eigenvalue problem. For others a bound that holds while no kernel has sides of a ratio above 16.
+    """
+    if variant.optimizer == "muon":
+        return _MUON_ROWS * params
+    if variant.optimizer != "shampoo":
+        return 0
+    if variant.arch not in ("mlp", "linear"):
+        return 5 * _SHAMPOO_RATIO * params
+    whole, diagonal, largest = 0, 0, 0
+    for size, count in _dimensions(variant, features):
+        if size > _SHAMPOO_LARGEST:
+            diagonal += count * size
+        else:
+            whole, largest = whole + count * size**2, max(largest, size**2)
+    return 2 * (2 * whole + diagonal) + 4 * largest
+
+
+def _dimensions(variant: Variant, features: int) -> list[tuple[int, int]]:
+    """The sizes of the dimensions of all weights and biases of a multilayer perceptron, and how many there are."""
+    if variant.depth == 0:
+        return [(features, 1), (variant.classes, 2)]
+    # A weight has its output and its input as dimensions, a bias its output.
+    return [(features, 1), (variant.width, 3 * variant.depth), (variant.classes, 2)]
+
+
+def default_n_max(params: int, info: DataInfo, labels: str = "random", inputs: str = "real") -> int:
+    """Where the spec leaves n-max open: the samples there are, or 4 times the parameters where any n can be drawn.
 
     Random labels of C classes can be fitted up to about 2 samples a parameter (Cover 1965 for a linear classifier).
     """
-    return info.size if info.size is not None else 4 * params
+    most = available(info, labels, inputs)
+    return most if most is not None else 4 * params
 
 
 def probe_bytes(problem: Problem, spec: ScanSpec, info: DataInfo, item: int, device: str = "cpu") -> int:
@@ -46,11 +85,14 @@ def _parts(problem: Problem, spec: ScanSpec, info: DataInfo, item: int, device: 
     # The fused kernels of a GPU take a full batch at once, the others in passes.
     full = max(_PASS_ROWS, problem.n_max) if device == "cuda" else _PASS_ROWS
     batch = full if variant.batch_size == FULL_BATCH else max(variant.batch_size, _PASS_ROWS)
-    activations = batch * (info.features + 2 * (variant.depth + 1) * max(variant.width, variant.classes))
+    perceptron = info.features + 2 * (variant.depth + 1) * max(variant.width, variant.classes)
+    activations = batch * (problem.elements or perceptron)
+    state = optimizer_numbers(variant, info.features, problem.params)
     block = min(spec.check_every, spec.steps)
-    own_data = 0 if info.size is not None else problem.n_max * info.features * (8 + 2 * item)
+    drawn = available(info, variant.labels, variant.inputs) is None
+    own_data = problem.n_max * info.features * (8 + 3 * item) if drawn else 0
     return {
-        "model": item * (_ROWS * problem.params + 2 * activations),
+        "model": item * (_ROWS * problem.params + state + 2 * activations),
         "samples": 2 * 8 * problem.n_max + own_data,
         "indices": 4 * 8 * block * variant.batch_size,
         "checks": _CHECK_BYTES * -(-spec.steps // spec.check_every),

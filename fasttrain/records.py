@@ -2,6 +2,7 @@
 
 import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,7 @@ class Problem:
         params: trained parameters, biases included.
         n_min: smallest number of samples that may be tried.
         n_max: largest number of samples that may be tried.
+        elements: numbers that a pass over one sample keeps, about; 0 for the perceptrons, whose sizes tell.
     """
 
     index: int
@@ -48,6 +50,7 @@ class Problem:
     params: int
     n_min: int
     n_max: int
+    elements: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class Probe:
     Attributes:
         variant: ``Problem.index``.
         n: training samples.
-        seed: 0, 1, 2, ... at each n.
+        seed: 0, 1, 2, ... at each n; from ``spec.CONFIRM`` on where it confirms the winner of a race.
         round: round of the search that asked for it; 0 is the bracket.
     """
 
@@ -93,6 +96,8 @@ class ProbeResult:
         fit_step: step of the first fit; -1 if there was none.
         train_loss: mean cross-entropy over the n samples at the last check, in nats.
         train_error: share of the n samples not strictly right at the last check.
+        test_accuracy: share of the held-out samples classified right at the end of a fitted run; NaN where none was.
+        weights: parameters at the end of a fitted run by name, if they were to be kept.
         history: its training curve.
         started: seconds after the start of the scan at which it took a slot.
         finished: seconds after the start of the scan at which it left.
@@ -109,6 +114,8 @@ class ProbeResult:
     started: float = math.nan
     finished: float = math.nan
     train_seconds: float = math.nan
+    test_accuracy: float = math.nan
+    weights: Mapping[str, np.ndarray] | None = None
 
     @property
     def fitted(self) -> bool:
@@ -124,9 +131,21 @@ class Censored(enum.StrEnum):
     BELOW = "below"
 
 
+class Race(enum.StrEnum):
+    """Where a learning rate stands in the race of the variants that differ in nothing else."""
+
+    NONE = ""
+    RUNNING = "running"
+    DROPPED = "dropped"
+    LOST = "lost"
+    WON = "won"
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """EMC50 of one variant from its finished probes.
+
+    Of the winner of a race, all but the fields named ``race...`` come from its confirming probes alone.
 
     Attributes:
         variant: ``Problem.index``.
@@ -139,6 +158,10 @@ class Estimate:
         budget_spent: whether max_probes (or the last admissible seed) ended the search before the tolerance was met.
         finished: whether the search of this variant has ended.
         n_probes: finished probes behind the estimate.
+        race: where it stands: no race, running, dropped as clearly worse, lost at the end, or won.
+        race_emc50: ``emc50`` from the race's own probes; NaN without a race. Of a winner it is too high.
+        race_low: ``emc50_low`` from these.
+        race_high: ``emc50_high`` from these.
     """
 
     variant: int
@@ -151,3 +174,7 @@ class Estimate:
     budget_spent: bool
     finished: bool
     n_probes: int
+    race: Race = Race.NONE
+    race_emc50: float = math.nan
+    race_low: float = math.nan
+    race_high: float = math.nan

@@ -13,17 +13,19 @@ from typing import Any
 
 import torch
 
+from fasttrain import factories, models
 from fasttrain.analysis import Results, load
 from fasttrain.backends import choose, configuration_text, make_backend, together
 from fasttrain.backends.base import Run, Setting
-from fasttrain.data import check
+from fasttrain.data import check, pool_bytes, provenance
 from fasttrain.errors import UserError
+from fasttrain.heldout import Keeper
 from fasttrain.machine import available_bytes, conditions, cores, resolve_device
-from fasttrain.models import parameter_count
+from fasttrain.models.matching import matched
 from fasttrain.plan import default_n_max, make_plan
 from fasttrain.records import Estimate, Probe, ProbeResult, Problem
-from fasttrain.search import Search
-from fasttrain.spec import ScanSpec, Variant
+from fasttrain.search import Search, raced
+from fasttrain.spec import ARCHITECTURES, ScanSpec, Variant
 from fasttrain.store import HDF5Store, MemoryStore, check_output
 from fasttrain.trainer import Trainer
 
@@ -44,7 +46,8 @@ class Progress:
         seconds_left: rough estimate, or None while there is nothing to base one on.
         probes_done: finished probes.
         probes_running: probes in slots.
-        variants_done: variants whose search has ended.
+        variants_done: variants whose search has ended; those in a race once they are dropped or it is decided, its
+            winner once it is confirmed.
         variants: all variants.
         params: their parameter counts.
         estimates: their estimates so far, from their finished rounds.
@@ -86,6 +89,7 @@ class Preview:
         device: resolved.
         backend: resolved.
         precision: resolved.
+        unmatched: variants that ``match_params`` leaves out, and why, a line each.
     """
 
     variants: tuple[Problem, ...]
@@ -97,24 +101,31 @@ class Preview:
     device: str
     backend: str
     precision: str
+    unmatched: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
+class Prepared:
+    """A scan that can begin."""
+
     setting: Setting
     problems: list[Problem]
     slots: int
     memory_bytes: int
     backends: tuple[str, ...]  # of every variant
     workers: int
+    unmatched: tuple[str, ...]  # variants that match_params left out, and why
 
     def chosen(self, variant: Variant) -> str:
+        """The backend that trains a variant."""
         return choose(self.setting.spec.backend, self.setting, variant)
 
     def make_backend(self, setting: Setting, variant: Variant) -> Any:
+        """The backend of a variant's bucket."""
         return make_backend(self.chosen(variant), setting, variant)
 
     def bucket(self, variant: Variant) -> Variant:
+        """The key of a variant's bucket."""
         return together(self.chosen(variant), variant)
 
 
@@ -123,6 +134,7 @@ def scan(
     *,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    save_weights: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Results:
     """Measures EMC50 of every variant of a spec.
@@ -133,6 +145,7 @@ def scan(
         spec: what to measure.
         out: HDF5 file to write while it runs; None keeps the results in memory.
         overwrite: whether ``out`` may replace a file.
+        save_weights: whether the parameters of every fitted run are kept (``Results.weights``).
         on_progress: called a few times a second from the calling thread.
 
     Raises:
@@ -142,23 +155,28 @@ def scan(
     """
     if out is not None:
         check_output(out, overwrite)
-    prepared = _prepare(spec)
+    prepared = prepare(spec)
     store = MemoryStore() if out is None else HDF5Store(out, overwrite)
-    with _numerics(prepared):
+    with numerics(prepared):
         stated = conditions(prepared.setting.device, prepared.backends, precision_name(spec), prepared.workers)
     variants = [problem.variant for problem in prepared.problems]
     configured = map(configuration_text, prepared.backends, [prepared.setting] * len(variants), variants)
+    stated |= provenance(spec)
     stated["variant_configurations"] = ";".join(configured)
+    stated["arch_source"] = own_sources(spec)
+    stated["unmatched"] = "; ".join(prepared.unmatched)
+    for line in prepared.unmatched:
+        warnings.warn(f"left out: {line}", stacklevel=2)
     if not stated["bitwise_independent"]:
         warnings.warn(
             "this BLAS gives a model other bits in other company: results are right, but not bitwise independent of "
             "what trains beside them (recorded in the file; docs/decisions/0002-bitwise-on-cpu.md)",
             stacklevel=2,
         )
-    with _numerics(prepared), _Interrupts() as interrupts:
+    with numerics(prepared), _Interrupts() as interrupts:
         with interrupts.deferred():
             store.begin(spec, prepared.problems, {**stated, "slots": prepared.slots})
-        _Scan(spec, prepared, store, interrupts, on_progress).run()
+        _Scan(spec, prepared, store, interrupts, on_progress, save_weights).run()
     return Results.from_memory(store) if isinstance(store, MemoryStore) else load(store.path)
 
 
@@ -168,47 +186,78 @@ def preview(spec: ScanSpec) -> Preview:
     Raises:
         UserError: as ``scan``.
     """
-    prepared = _prepare(spec)
-    with _numerics(prepared):
-        seconds = sum(_step_seconds(prepared, problem) for problem in prepared.problems) * spec.steps
+    prepared = prepare(spec)
+    with numerics(prepared):
+        of_each = {problem: _step_seconds(prepared, problem) * spec.steps for problem in prepared.problems}
+    races = [group for group in raced(prepared.problems) if len(group) > 1 and spec.lr_search == "race"]
+    # The winner of a race is searched once more.
+    seconds = sum(of_each.values()) + sum(max(map(of_each.__getitem__, group)) for group in races)
     return Preview(
         variants=tuple(prepared.problems),
         memory_bytes=prepared.memory_bytes,
-        model_steps_most=len(prepared.problems) * spec.max_probes * spec.steps,
+        model_steps_most=(len(prepared.problems) + len(races)) * spec.max_probes * spec.steps,
         seconds_most=seconds * spec.max_probes,
         seconds_likely=seconds * min(_LIKELY_PROBES, spec.max_probes) * _LIKELY_SHARE,
         slots=prepared.slots,
         device=str(prepared.setting.device),
         backend=",".join(sorted(set(prepared.backends))),
         precision=precision_name(spec),
+        unmatched=prepared.unmatched,
     )
 
 
-def _prepare(spec: ScanSpec) -> _Prepared:
+def prepare(spec: ScanSpec) -> Prepared:
+    """Everything that a scan needs and that can go wrong before it begins.
+
+    Raises:
+        UserError: the spec asks for what is not there or does not fit.
+    """
     info = check(spec)
     device = resolve_device(spec.device)
     dtype = torch.float64 if spec.precision == "float64" else torch.float32
-    problems = []
-    for index, variant in enumerate(spec.variants(info.classes)):
-        params = parameter_count(variant, info.features)
-        n_max = spec.n_max or default_n_max(params, info)
+    variants = list(spec.variants(info.classes))
+    unmatched: list[str] = []
+    for variant in variants:
+        models.check_images(variant, info.shape)
+    if spec.match_params:
+        variants, unmatched = matched(variants, info.shape, spec.heads)
+    for variant in variants:
+        models.check(variant, info.shape)
+    setting = Setting(spec, info.features, device, dtype, info.shape)
+    problems, backends = [], []
+    for index, variant in enumerate(variants):
+        backends.append(choose(spec.backend, setting, variant))
+        params = models.parameter_count(variant, info.shape)
+        n_max = spec.n_max or default_n_max(params, info, variant.labels, variant.inputs)
         n_min = spec.n_min or min(2, n_max - 1)
         if n_min >= n_max:
             raise UserError("n_min", n_min, f"expected less than n-max, which is {n_max} here")
-        problems.append(Problem(index, variant, params, n_min, n_max))
-    setting = Setting(spec, info.features, device, dtype)
-    backends = tuple(choose(spec.backend, setting, problem.variant) for problem in problems)
-    workers = cores() if "native" in backends else 1
+        elements = 0 if models.is_perceptron(variant) else models.sample_elements(variant, info.shape)
+        problems.append(Problem(index, variant, params, n_min, n_max, elements))
+    tried = {models.shaping(v): (v, backend) for v, backend in zip(variants, backends, strict=True)}
+    for variant, backend in tried.values():
+        models.try_out(variant, info.shape, batched=backend != "loop")
+    threaded = any(
+        backend == "native" or (backend == "vmap" and device.type == "cpu" and not models.is_perceptron(variant))
+        for variant, backend in zip(variants, backends, strict=True)
+    )
+    workers = cores() if threaded else 1
     plan = make_plan(
         problems,
         spec,
         info,
         device=device.type,
         item=dtype.itemsize,
-        available=available_bytes(device),
+        available=max(0, available_bytes(device) - pool_bytes(info, dtype.itemsize)),
         workers=workers if set(backends) == {"native"} else None,
     )
-    return _Prepared(setting, problems, plan.slots, plan.memory_bytes, backends, workers)
+    return Prepared(setting, problems, plan.slots, plan.memory_bytes, tuple(backends), workers, tuple(unmatched))
+
+
+def own_sources(spec: ScanSpec) -> str:
+    """The user's own models in a spec with the hash of their sources: ``module:name=SHA-256``, parted by semicolons."""
+    own = [arch for arch in spec.arch if arch not in ARCHITECTURES]
+    return ";".join(f"{arch}={factories.source_digest(arch)}" for arch in own)
 
 
 def precision_name(spec: ScanSpec) -> str:
@@ -217,7 +266,7 @@ def precision_name(spec: ScanSpec) -> str:
 
 
 @contextlib.contextmanager
-def _numerics(prepared: _Prepared) -> Iterator[None]:
+def numerics(prepared: Prepared) -> Iterator[None]:
     """Full float32 products (no TF32, no bfloat16), and on a CPU one thread inside of torch; restored afterwards.
 
     One, because threads cost more than they give at these sizes: the default scan made 1.1 to 2.2 thousand model-steps
@@ -225,7 +274,10 @@ def _numerics(prepared: _Prepared) -> Iterator[None]:
     (docs/TRAPS.md).
     """
     threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn
+    convolutions = cudnn.allow_tf32, cudnn.deterministic
     torch.set_float32_matmul_precision("highest")
+    cudnn.allow_tf32, cudnn.deterministic = False, True
     if prepared.setting.device.type == "cpu":
         torch.set_num_threads(1)
     try:
@@ -233,9 +285,10 @@ def _numerics(prepared: _Prepared) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(products)
+        cudnn.allow_tf32, cudnn.deterministic = convolutions
 
 
-def _step_seconds(prepared: _Prepared, problem: Problem) -> float:
+def _step_seconds(prepared: Prepared, problem: Problem) -> float:
     """Seconds of one model-step of a variant, measured on as many models as a round has."""
     backend = prepared.make_backend(prepared.setting, prepared.bucket(problem.variant))
     n = min(problem.n_max, max(problem.n_min, problem.params // 2))
@@ -296,10 +349,11 @@ class _Scan:
     """One scan under way."""
 
     spec: ScanSpec
-    prepared: _Prepared
+    prepared: Prepared
     store: MemoryStore | HDF5Store
     interrupts: _Interrupts
     on_progress: Callable[[Progress], None] | None
+    save_weights: bool
     search: Search = field(init=False)
     trainer: Trainer = field(init=False)
     begin: float = field(init=False)
@@ -320,6 +374,7 @@ class _Scan:
             interval=spec.interval,
             tolerance=spec.tolerance,
             max_probes=spec.max_probes,
+            races=spec.lr_search == "race",
         )
         prepared = self.prepared
         self.trainer = Trainer(
@@ -329,6 +384,7 @@ class _Scan:
             prepared.slots,
             workers=prepared.workers,
             bucket=prepared.bucket,
+            keeper=Keeper(prepared.setting, self.save_weights),
         )
         status = "interrupted"
         try:

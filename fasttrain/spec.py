@@ -15,14 +15,24 @@ from typing import Any
 
 from fasttrain.activations import ACTIVATIONS
 from fasttrain.errors import UserError
+from fasttrain.factories import register
 
-ARCHITECTURES = ("mlp",)
-OPTIMIZERS = ("sgd", "adam")
-LABELS = ("random", "true")
+ARCHITECTURES = ("mlp", "linear", "cnn", "vit")
+OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "shampoo", "muon")
+MOMENTUM = ("sgd", "muon")
+"""Of these, those that take ``momentum`` and ``nesterov``; the others have their own constants."""
+LABELS = ("random", "true", "corrupted:SHARE")
+INPUTS = ("real", "shuffled", "gaussian")
+SCHEDULES = ("constant", "cosine", "linear")
+SCALINGS = ("product", "compound")
+NORMS = ("none", "batch")
+LR_SEARCHES = ("race", "all")
 BACKENDS = ("auto", "loop", "vmap", "stacked", "native", "triton")
 PRECISIONS = ("auto", "float32", "float64", "bf16x3", "tf32", "bf16")
 ROUNDED = ("bf16x3", "tf32", "bf16")
 """Of these, those in which numbers are float32 and the factors of products are rounded further."""
+CONFIRM = 2**20
+"""Seed of the first probe that confirms the winner of a race; ``ScanSpec.seeds`` stays below it."""
 FULL_BATCH = 0
 """The ``batch_size`` of full-batch training; written ``full`` in a spec and on the command line."""
 
@@ -36,16 +46,27 @@ class Variant:
     """One point of a scan: a model family member and the procedure that trains it.
 
     Attributes:
-        arch: architecture family.
-        width: hidden units a layer; 0 for the linear classifier (depth 0).
-        depth: hidden layers.
+        arch: architecture family, or ``module:name`` of a user's factory.
+        width: hidden units a layer, channels (cnn) or embedding (vit); 0 for the linear classifier (depth 0).
+        depth: hidden layers or blocks.
         activation: name in ``ACTIVATIONS``; ``"none"`` for the linear classifier.
-        optimizer: ``"sgd"`` or ``"adam"``.
-        lr: learning rate, constant.
-        momentum: of SGD; 0 for Adam, which has none.
+        optimizer: a name in ``OPTIMIZERS``.
+        lr: learning rate, the largest of its schedule.
+        momentum: of those in ``MOMENTUM``; 0 for the others.
         batch_size: samples a step; ``FULL_BATCH`` (0) takes all n.
-        labels: ``"random"`` or ``"true"``.
+        labels: ``"random"``, ``"true"`` or ``"corrupted:SHARE"``.
         classes: C, the number of labels.
+        norm: ``"none"`` or ``"batch"``, of cnn.
+        heads: of vit; 0 elsewhere.
+        patch: side of a patch of vit in pixels; 0 elsewhere and for the rule of ``models.vit``.
+        inputs: ``"real"``, ``"shuffled"`` or ``"gaussian"``.
+        nesterov: whether the momentum is Nesterov's.
+        weight_decay: coupled (added to the gradient) or, in adamw and muon, decoupled.
+        schedule: of the learning rate after the warm-up.
+        warmup: steps in which it rises from 0.
+        clip: largest norm of a model's gradient; 0 for no limit.
+        label_smoothing: share of a label's weight that is spread over all classes.
+        init_scale: factor on the initial weights.
     """
 
     arch: str
@@ -58,6 +79,17 @@ class Variant:
     batch_size: int
     labels: str
     classes: int
+    norm: str = "none"
+    heads: int = 0
+    patch: int = 0
+    inputs: str = "real"
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup: int = 0
+    clip: float = 0.0
+    label_smoothing: float = 0.0
+    init_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,22 +99,44 @@ class ScanSpec:
     Lists make a product; a single value stands for a list of one.
 
     Attributes:
-        arch: architecture family: ``"mlp"``.
-        widths: hidden units a layer, each >= 1. Also text: ``"4,8,16"``, ``"4:64:4"``, ``"2^3:2^8"``.
-        depths: hidden layers, each >= 0; 0 is the linear classifier, which has no widths and no activations.
+        arch: architecture families: names in ``ARCHITECTURES``, or a factory of your own: a callable
+            ``(width, depth, in_shape, classes) -> nn.Module``, or ``"package.module:name"`` of one.
+        widths: hidden units a layer (mlp), channels (cnn) or embedding (vit), each >= 1. Also text: ``"4,8,16"``,
+            ``"4:64:4"``, ``"2^3:2^8"``.
+        depths: hidden layers or blocks, each >= 0; 0 is the linear classifier, which has no widths and no activations.
+        scaling: ``"product"`` pairs every width with every depth; ``"compound"`` the first with the first and so on.
+        match_params: whether ``widths`` are those of the first architecture, and every other one takes widths at
+            which its parameter counts are within 5 % of the first one's.
         activation: names in ``ACTIVATIONS``.
-        data: ``"digits"`` or ``"gaussian:D"`` (inputs N(0, I_D)).
-        labels: ``"random"`` (uniform over the classes) and/or ``"true"``.
+        norm: ``"none"``, or ``"batch"`` for batch normalisation in cnn: then a sample's output depends on the others
+            of its minibatch, checks use running averages, and only the loop backend can train it.
+        heads: attention heads of vit, a divisor of every width; ``None`` takes the largest of 4, 2 and 1 that is one.
+        patch: side of the patches of vit in pixels; ``None`` takes the largest that cuts each side into at least 4.
+        data: name of a data set (``fasttrain data list``), or the path of a file.
+        inputs: ``"real"``; ``"shuffled"``, the same permutation of the features for all samples; and/or
+            ``"gaussian"``, normal with the mean and variance of every feature.
+        labels: ``"random"`` (uniform over the classes), ``"true"``, and/or ``"corrupted:SHARE"``, true labels of which
+            that share is replaced by random ones.
         classes: numbers of classes, each >= 2; ``None`` takes the data set's (10 for gaussian).
-        optimizer: ``"sgd"`` and/or ``"adam"``.
+        optimizer: names in ``OPTIMIZERS``.
         lr: learning rates, each > 0 and finite.
-        momentum: of SGD, in [0, 1).
+        lr_search: with several learning rates, ``"race"`` drops those that are clearly worse and confirms the winner on
+            fresh seeds; ``"all"`` measures each to the end, as variants of their own.
+        momentum: of sgd and muon, in [0, 1).
+        nesterov: whether that is Nesterov's; needs a momentum above 0.
+        weight_decay: each >= 0.
+        schedule: of the learning rate over the budget: ``"constant"``, ``"cosine"`` and/or ``"linear"`` (both to 0).
+        warmup: steps in which the learning rate rises linearly from 0 before that.
+        clip: largest norm of a model's gradient; ``None`` for no limit.
+        label_smoothing: share of a label's weight that is spread over all classes, in [0, 1); in training only.
+        init_scale: factor on the initial weights, > 0; biases stay zero.
         batch_size: samples a step, each >= 1, or ``"full"``.
         steps: optimizer steps a probe may take (the budget).
         check_every: steps between evaluations on the whole training set; the last step is always followed by one.
         seeds: at most so many probes at one n of one variant.
         n_min: smallest n tried; ``None`` is 2.
-        n_max: largest n tried; ``None`` is the data set's size, and for gaussian 4 times the parameters.
+        n_max: largest n tried; ``None`` is the number of samples there are, or 4 times the parameters where any number
+            can be drawn.
         interval: probability content of the reported interval, in (0, 1).
         tolerance: a variant is done when its interval's half-width is at most this share of EMC50.
         max_probes: at most so many probes a variant.
@@ -96,16 +150,30 @@ class ScanSpec:
         UserError: a value is out of its range; the message names the field, the value and what is accepted.
     """
 
-    arch: str = "mlp"
+    arch: tuple[str, ...] = ("mlp",)
     widths: tuple[int, ...] = (4, 8, 16, 24)
     depths: tuple[int, ...] = (1,)
+    scaling: str = "product"
+    match_params: bool = False
     activation: tuple[str, ...] = ("relu",)
+    norm: str = "none"
+    heads: int | None = None
+    patch: int | None = None
     data: str = "digits"
+    inputs: tuple[str, ...] = ("real",)
     labels: tuple[str, ...] = ("random",)
     classes: tuple[int, ...] | None = None
     optimizer: tuple[str, ...] = ("adam",)
     lr: tuple[float, ...] = (0.01,)
+    lr_search: str = "race"
     momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: tuple[float, ...] = (0.0,)
+    schedule: tuple[str, ...] = ("constant",)
+    warmup: int = 0
+    clip: float | None = None
+    label_smoothing: float = 0.0
+    init_scale: float = 1.0
     batch_size: tuple[int, ...] = (64,)
     steps: int = 10_000
     check_every: int = 100
@@ -131,29 +199,48 @@ class ScanSpec:
             classes: the number of classes where the spec leaves it to the data set.
         """
         seen: dict[Variant, None] = {}
-        axes = itertools.product(
-            self.depths,
-            self.widths,
+        if self.scaling == "compound":
+            shapes = list(zip(self.depths, self.widths, strict=True))
+        else:
+            shapes = list(itertools.product(self.depths, self.widths))
+        axes: Iterable[Any] = itertools.product(
+            self.arch,
+            shapes,
             self.activation,
+            self.inputs,
             self.labels,
             self.classes or (classes,),
             self.optimizer,
+            self.weight_decay,
+            self.schedule,
             self.lr,
             self.batch_size,
         )
-        for depth, width, activation, labels, n_classes, optimizer, lr, batch_size in axes:
-            linear = depth == 0
+        for arch, (depth, width), activation, inputs, labels, n_classes, optimizer, decay, schedule, lr, batch in axes:
+            linear = arch == "linear" or (arch == "mlp" and depth == 0)
+            moves = optimizer in MOMENTUM
             variant = Variant(
-                arch=self.arch,
+                arch=arch,
                 width=0 if linear else width,
-                depth=depth,
-                activation="none" if linear else activation,
-                optimizer=optimizer,
-                lr=lr,
-                momentum=self.momentum if optimizer == "sgd" else 0.0,
-                batch_size=batch_size,
+                depth=0 if linear else depth,
+                activation="none" if linear or arch not in ARCHITECTURES else activation,
+                norm=self.norm if arch == "cnn" else "none",
+                heads=(self.heads or default_heads(width)) if arch == "vit" else 0,
+                patch=(self.patch or 0) if arch == "vit" else 0,
+                inputs=inputs,
                 labels=labels,
                 classes=n_classes,
+                optimizer=optimizer,
+                lr=lr,
+                momentum=self.momentum if moves else 0.0,
+                nesterov=self.nesterov and moves,
+                weight_decay=decay,
+                schedule=schedule,
+                warmup=self.warmup,
+                clip=self.clip or 0.0,
+                label_smoothing=self.label_smoothing,
+                init_scale=self.init_scale,
+                batch_size=batch,
             )
             seen.setdefault(variant)
         return tuple(seen)
@@ -190,6 +277,11 @@ class ScanSpec:
         """SHA-256 (hexadecimal) of the spec: equal for equal specs, on any machine."""
         canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def default_heads(width: int) -> int:
+    """The largest of 4, 2 and 1 that divides a width."""
+    return next(heads for heads in (4, 2, 1) if width % heads == 0)
 
 
 def spec_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -313,6 +405,32 @@ def _choice(option: str, value: object, accepted: Iterable[str]) -> str:
     return str(value)
 
 
+def _flag(option: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    return _choice(option, str(value).lower(), ("true", "false")) == "true"
+
+
+def _arch(value: object) -> str:
+    """A family's name, or the name of a factory; a callable is registered under its own."""
+    if callable(value):
+        return register(value)
+    if isinstance(value, str) and re.fullmatch(r"[\w.]+:[\w.<>]+(#\d+)?", value):
+        return value
+    if value not in ARCHITECTURES:
+        raise UserError("arch", value, f"expected one of {', '.join(ARCHITECTURES)}, or package.module:factory")
+    return str(value)
+
+
+def _labels(value: object) -> str:
+    if isinstance(value, str) and (match := re.fullmatch(r"corrupted:([0-9.eE+-]+)", value)):
+        share = _number("labels", match[1], 0.0, 1.0, "corrupted:SHARE with a share between 0 and 1")
+        return f"corrupted:{share:g}"
+    if value not in LABELS[:2]:
+        raise UserError("labels", value, f"expected one of {', '.join(LABELS)}")
+    return str(value)
+
+
 def _integers(option: str, value: object, least: int) -> tuple[int, ...]:
     items: list[Any] = []
     for item in [value] if isinstance(value, str) else _values(option, value):
@@ -351,22 +469,50 @@ def _validated(spec: ScanSpec) -> dict[str, Any]:
         raise UserError("n_min", n_min, f"expected less than n-max, which is {n_max}")
     steps = _integer("steps", spec.steps, 1)
     check_every = _integer("check_every", spec.check_every, 1)
+    seeds = _integer("seeds", spec.seeds, 1)
+    if seeds >= CONFIRM:
+        raise UserError("seeds", seeds, f"expected at most {CONFIRM - 1}; later seeds confirm learning rates")
+    arch = [spec.arch] if callable(spec.arch) else _values("arch", spec.arch)
+    zero_up = "a number of at least 0, such as 0.0005"
+    nesterov = _flag("nesterov", spec.nesterov)
+    if nesterov and momentum == 0.0:
+        raise UserError("nesterov", "true", "needs a momentum above 0")
+    warmup = _integer("warmup", spec.warmup, 0)
+    if warmup >= steps and warmup > 0:
+        raise UserError("warmup", warmup, f"expected less than steps, which is {steps}")
     fields = {
-        "arch": _choice("arch", spec.arch, ARCHITECTURES),
+        "arch": _unique(map(_arch, arch)),
         "widths": _integers("widths", spec.widths, 1),
         "depths": _integers("depths", spec.depths, 0),
+        "scaling": _choice("scaling", spec.scaling, SCALINGS),
+        "match_params": _flag("match_params", spec.match_params),
         "activation": _unique(
             _choice("activation", name, ACTIVATIONS) for name in _values("activation", spec.activation)
         ),
-        "labels": _unique(_choice("labels", name, LABELS) for name in _values("labels", spec.labels)),
+        "norm": _choice("norm", spec.norm, NORMS),
+        "heads": None if spec.heads is None else _integer("heads", spec.heads, 1),
+        "patch": None if spec.patch is None else _integer("patch", spec.patch, 1),
+        "inputs": _unique(_choice("inputs", name, INPUTS) for name in _values("inputs", spec.inputs)),
+        "labels": _unique(map(_labels, _values("labels", spec.labels))),
         "classes": None if spec.classes is None else _integers("classes", spec.classes, 2),
         "optimizer": _unique(_choice("optimizer", name, OPTIMIZERS) for name in _values("optimizer", spec.optimizer)),
         "lr": _unique(_number("lr", value, 0.0, math.inf, lr) for value in _values("lr", spec.lr)),
+        "lr_search": _choice("lr_search", spec.lr_search, LR_SEARCHES),
         "momentum": momentum,
+        "nesterov": nesterov,
+        "weight_decay": _unique(
+            _number("weight_decay", value, low, math.inf, zero_up) + 0.0
+            for value in _values("weight_decay", spec.weight_decay)
+        ),
+        "schedule": _unique(_choice("schedule", name, SCHEDULES) for name in _values("schedule", spec.schedule)),
+        "warmup": warmup,
+        "clip": None if spec.clip is None else _number("clip", spec.clip, 0.0, math.inf, "a number above 0, such as 1"),
+        "label_smoothing": _number("label_smoothing", spec.label_smoothing, low, 1.0, what) + 0.0,
+        "init_scale": _number("init_scale", spec.init_scale, 0.0, math.inf, "a number above 0, such as 1"),
         "batch_size": _unique(_batch(value) for value in _values("batch_size", spec.batch_size)),
         "steps": steps,
         "check_every": check_every,
-        "seeds": _integer("seeds", spec.seeds, 1),
+        "seeds": seeds,
         "n_min": n_min,
         "n_max": n_max,
         "interval": _number("interval", spec.interval, 0.0, 1.0, "a number between 0 and 1, such as 0.9"),
@@ -376,6 +522,7 @@ def _validated(spec: ScanSpec) -> dict[str, Any]:
         "backend": _choice("backend", spec.backend, BACKENDS),
         "precision": _choice("precision", spec.precision, PRECISIONS),
     }
+    _shapes(fields)
     lists = {name: len(value) for name, value in fields.items() if isinstance(value, tuple)}
     if math.prod(lists.values()) > _MOST_VALUES:
         longest = max(lists, key=lists.__getitem__)
@@ -385,3 +532,19 @@ def _validated(spec: ScanSpec) -> dict[str, Any]:
             f"the lists span {math.prod(lists.values())} variants; expected at most {_MOST_VALUES}",
         )
     return fields
+
+
+def _shapes(fields: Mapping[str, Any]) -> None:
+    """Whether widths, depths and architectures go together."""
+    widths, depths = fields["widths"], fields["depths"]
+    if fields["scaling"] == "compound" and len(widths) != len(depths):
+        raise UserError("depths", f"({len(depths)} values)", f"compound scaling pairs them with {len(widths)} widths")
+    for arch in fields["arch"]:
+        if arch in ("cnn", "vit") and 0 in depths:
+            raise UserError("depths", 0, f"{arch} has at least one block; expected 1 or more")
+    if "vit" in fields["arch"] and fields["heads"] is not None and not fields["match_params"]:
+        for width in widths:
+            if width % fields["heads"]:
+                raise UserError("heads", fields["heads"], f"does not divide the width {width}")
+    if fields["match_params"] and len(fields["arch"]) < 2:
+        raise UserError("match_params", "true", "expected at least two architectures to match")

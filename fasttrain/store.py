@@ -18,8 +18,9 @@ from fasttrain.errors import UserError
 from fasttrain.records import Censored, Estimate, ProbeResult, Problem
 from fasttrain.spec import ScanSpec
 
-SCHEMA_VERSION = 1
-"""Attribute ``schema_version`` of the files written; raised when something moves or changes its meaning."""
+SCHEMA_VERSION = 2
+"""Attribute ``schema_version`` of the files written; raised when something moves, changes its meaning or is added
+without which a file cannot be understood."""
 
 TIMING_COLUMNS = ("started", "finished", "train_seconds")
 """Columns of ``/probes`` that differ between two runs of one scan, as does the order of its rows."""
@@ -83,6 +84,7 @@ class Column:
         source: where a row has the value; for /history the whole array.
         description: what it means, in a line.
         units: ``"1"`` where dimensionless, empty for text.
+        default: of all rows of a file of schema version 1, which lacks the column; ``None`` if version 1 has it.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Column:
     source: str
     description: str
     units: str = "1"
+    default: str | float | None = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -135,14 +138,33 @@ class _Run:
 _SETTINGS = (
     Column("variant", int, "problem.index", "index of the variant: its row in /curves"),
     Column("arch", str, "problem.variant.arch", "architecture family", ""),
-    Column("width", int, "problem.variant.width", "hidden units a layer; 0 for the linear classifier"),
-    Column("depth", int, "problem.variant.depth", "hidden layers; 0 is the linear classifier"),
+    Column("width", int, "problem.variant.width", "hidden units, channels or embedding; 0 for the linear classifier"),
+    Column("depth", int, "problem.variant.depth", "hidden layers or blocks; 0 is the linear classifier"),
     Column("activation", str, "problem.variant.activation", "activation; none for the linear classifier", ""),
-    Column("optimizer", str, "problem.variant.optimizer", "sgd or adam", ""),
-    Column("lr", float, "problem.variant.lr", "learning rate, constant"),
-    Column("momentum", float, "problem.variant.momentum", "momentum of SGD; 0 for Adam"),
+    Column("norm", str, "problem.variant.norm", "none or batch", "", default="none"),
+    Column("heads", int, "problem.variant.heads", "attention heads; 0 where there are none", default=0),
+    Column(
+        "patch", int, "problem.variant.patch", "side of a patch; 0 where there are none, or by rule", "pixel", default=0
+    ),
+    Column("init_scale", float, "problem.variant.init_scale", "factor on the initial weights", default=1.0),
+    Column("optimizer", str, "problem.variant.optimizer", "name of the optimizer", ""),
+    Column("lr", float, "problem.variant.lr", "learning rate, the largest of its schedule"),
+    Column("momentum", float, "problem.variant.momentum", "momentum of sgd and muon; 0 for the others"),
+    Column("nesterov", bool, "problem.variant.nesterov", "1 if the momentum is Nesterov's", default=False),
+    Column("weight_decay", float, "problem.variant.weight_decay", "weight decay", default=0.0),
+    Column("schedule", str, "problem.variant.schedule", "constant, cosine or linear", "", default="constant"),
+    Column("warmup", int, "problem.variant.warmup", "steps in which the learning rate rises", default=0),
+    Column("clip", float, "problem.variant.clip", "largest norm of a gradient; 0 for no limit", default=0.0),
+    Column(
+        "label_smoothing",
+        float,
+        "problem.variant.label_smoothing",
+        "share of a label spread over all classes",
+        default=0.0,
+    ),
     Column("batch_size", int, "problem.variant.batch_size", "samples a step; 0 is the full batch"),
-    Column("labels", str, "problem.variant.labels", "random or true", ""),
+    Column("inputs", str, "problem.variant.inputs", "real, shuffled or gaussian", "", default="real"),
+    Column("labels", str, "problem.variant.labels", "random, true or corrupted:SHARE", ""),
     Column("classes", int, "problem.variant.classes", "number of labels"),
     Column("params", int, "problem.params", "trained parameters, biases included"),
 )
@@ -157,6 +179,10 @@ _ESTIMATES = (
     Column("budget_spent", bool, "estimate.budget_spent", "1 if the probes ran out before the tolerance"),
     Column("finished", bool, "estimate.finished", "1 if the search of the variant has ended"),
     Column("n_probes", int, "estimate.n_probes", "finished probes behind the estimate"),
+    Column("race", str, "estimate.race", "of its learning rate: running, dropped, lost or won; empty: none", "", ""),
+    Column("race_emc50", float, "estimate.race_emc50", "emc50 of the race's own probes; NaN if none", default=math.nan),
+    Column("race_emc50_low", float, "estimate.race_low", "lower end of its interval; NaN if none", default=math.nan),
+    Column("race_emc50_high", float, "estimate.race_high", "upper end of its interval; NaN if none", default=math.nan),
 )
 CURVES = (
     *_SETTINGS,
@@ -174,13 +200,20 @@ PROBES = (
     Column("probe", int, "number", "index of the probe, in the order in which they finished"),
     *_SETTINGS,
     Column("n", int, "result.probe.n", "training samples"),
-    Column("seed", int, "result.probe.seed", "seed of the run: 0, 1, 2, ... at each n"),
+    Column("seed", int, "result.probe.seed", "0, 1, 2, ... at each n; from 2^20 on it confirms a race's winner"),
     Column("round", int, "result.probe.round", "round of the search that asked for it; 0 is the bracket"),
     Column("outcome", str, "result.outcome", "fitted, plateaued, diverged or out_of_budget", ""),
     Column("steps", int, "result.steps", "optimizer steps taken"),
     Column("fit_step", int, "result.fit_step", "step of the first fit; -1 if there was none"),
     Column("train_error", float, "result.train_error", "share of the n samples not strictly right at the end"),
     Column("train_loss", float, "result.train_loss", "mean cross-entropy over the n samples at the end", "nat"),
+    Column(
+        "test_accuracy",
+        float,
+        "result.test_accuracy",
+        "share of the held-out samples classified right at the end of a fitted run",
+        default=math.nan,
+    ),
     Column("started", float, "result.started", "start of the run, after the start of the scan", "s"),
     Column("finished", float, "result.finished", "end of the run, after the start of the scan", "s"),
     Column("train_seconds", float, "result.train_seconds", "its share of the time of its batches", "s"),
@@ -195,6 +228,9 @@ HISTORY = (
 )
 GROUPS = {"curves": CURVES, "probes": PROBES, "history": HISTORY}
 """The columns of each group; the first is its dimension scale and equals the row number."""
+
+WEIGHTS = "weights"
+"""The group of the parameters that were kept: /weights/<probe>/<name of the parameter>."""
 
 Block = dict[str, np.ndarray]
 """Values of some columns of a group, by name; all of one length."""
@@ -231,6 +267,9 @@ class _TableStore(ABC):
         if not runs:
             return
         # Cut short between the two, this leaves curves without a probe, never a probe without its curve.
+        for run in runs:
+            if run.result.weights is not None:
+                self._keep_weights(run.number, run.result.weights)
         self._write("history", self._rows["history"], _joined(HISTORY, runs))
         self._write("probes", self._rows["probes"], _block(PROBES, runs))
         self._flush()
@@ -266,6 +305,10 @@ class _TableStore(ABC):
         """Put values at row ``start``; the columns grow where they must."""
 
     @abstractmethod
+    def _keep_weights(self, probe: int, weights: Mapping[str, np.ndarray]) -> None:
+        """Put the parameters of a probe beside the tables."""
+
+    @abstractmethod
     def _truncate(self, group: str, rows: int) -> None: ...
 
     @abstractmethod
@@ -281,12 +324,14 @@ class MemoryStore(_TableStore):
     Attributes:
         spec: the spec's JSON; empty before ``begin``.
         attributes: the root attributes.
+        weights: parameters of the probes whose weights were kept, by probe and name.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.spec = ""
         self.attributes: dict[str, Attribute] = {}
+        self.weights: dict[int, Mapping[str, np.ndarray]] = {}
         self._lists: dict[str, dict[str, list[Any]]] = {}
 
     def block(self, group: str) -> Block:
@@ -304,6 +349,9 @@ class MemoryStore(_TableStore):
     def _write(self, group: str, start: int, block: Block) -> None:
         for name, values in block.items():
             self._lists[group][name][start : start + len(values)] = values.tolist()
+
+    def _keep_weights(self, probe: int, weights: Mapping[str, np.ndarray]) -> None:
+        self.weights[probe] = weights
 
     def _truncate(self, group: str, rows: int) -> None:
         for values in self._lists[group].values():
@@ -380,6 +428,15 @@ class HDF5Store(_TableStore):
                 data.resize((start + len(values),))
             if len(values):
                 data[start : start + len(values)] = values
+
+    def _keep_weights(self, probe: int, weights: Mapping[str, np.ndarray]) -> None:
+        assert self._file is not None
+        name = f"{WEIGHTS}/{probe}"
+        if name in self._file:  # of an append that was cut short
+            del self._file[name]
+        group = self._file.create_group(name, track_order=True)
+        for parameter, values in weights.items():
+            group.create_dataset(parameter, data=values, dtype="<f8", track_order=True)
 
     def _truncate(self, group: str, rows: int) -> None:
         for data in self._columns[group].values():

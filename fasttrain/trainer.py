@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fasttrain.backends.base import Backend, Report, Run, Setting
+from fasttrain.heldout import Keeper
 from fasttrain.plan import bucket
 from fasttrain.records import Probe, ProbeResult, Problem
 from fasttrain.spec import Variant
@@ -75,6 +76,7 @@ class Trainer:
         slots: probes that train at once.
         workers: threads for the backends that may use several.
         bucket: the key of the bucket of a variant; itself a variant.
+        keeper: looks at the parameters of fitted runs before they leave.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Trainer:
         slots: int,
         workers: int = 1,
         bucket: Callable[[Variant], Variant] = bucket,
+        keeper: Keeper | None = None,
     ) -> None:
         self.load = Load()
         self.slots = slots
@@ -92,9 +95,11 @@ class Trainer:
         self._problems = problems
         self._make_backend = make_backend
         self._bucket = bucket
+        self._keeper = keeper
         self._waiting: deque[Probe] = deque()
         self._backends: dict[Variant, Backend[Any]] = {}
         self._turn: deque[_Group] = deque()
+        self._arrived: dict[Variant, list[Run]] = {}  # for groups that are in the hands of a worker
         self._pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="fasttrain")
         self._working: dict[concurrent.futures.Future[tuple[Report, float]], _Group] = {}
         self._origin = time.perf_counter()
@@ -108,7 +113,8 @@ class Trainer:
     @property
     def running(self) -> int:
         """Probes in slots."""
-        return sum(len(group.state.runs) for group in (*self._turn, *self._working.values()))
+        groups = (*self._turn, *self._working.values())
+        return sum(len(group.state.runs) for group in groups) + sum(map(len, self._arrived.values()))
 
     @property
     def idle(self) -> bool:
@@ -147,18 +153,36 @@ class Trainer:
         self.load.slot_steps += report.model_steps * self.slots / running
         for run in runs:
             self._seconds[run.probe] += took / len(runs)
-        results = [self._timed(result) for _, result in report.ended]
+        results = [self._timed(self._kept(group, position, result)) for position, result in report.ended]
+        arrived = self._arrived.pop(group.key, [])
         if report.ended:
             gone = {position for position, _ in report.ended}
             keep = [i for i in range(len(runs)) if i not in gone]
             if not keep:
+                if arrived:
+                    self._dispatch(self._group(group.key, group.backend, arrived))
                 return results
             group.state = group.backend.select(group.state, keep)
+        if arrived:
+            group.state = group.backend.insert(group.state, arrived)
+            group.checks = group.backend.checks_a_turn  # more models take longer
         self._dispatch(group)
         return results
 
+    def _kept(self, group: _Group, position: int, result: ProbeResult) -> ProbeResult:
+        """With what is to be known of a fitted run's parameters, which are gone once its slot is free."""
+        run, keeper = group.state.runs[position], self._keeper
+        if keeper is None or not result.fitted or not keeper.wanted(run):
+            return result
+        parameters = group.backend.parameters(group.state, position)
+        return dataclasses.replace(
+            result,
+            test_accuracy=keeper.accuracy(run, parameters),
+            weights=parameters if keeper.save_weights else None,
+        )
+
     def _dispatch(self, group: _Group) -> None:
-        if group.backend.most_together is None:
+        if not group.backend.in_threads:
             self._turn.append(group)
         else:
             self._working[self._pool.submit(group.turn, self._setting.spec.check_every)] = group
@@ -187,6 +211,8 @@ class Trainer:
                     self._dispatch(self._group(key, backend, runs[start : start + most]))
             elif group := next((group for group in self._turn if group.key == key), None):
                 group.state = backend.insert(group.state, runs)
+            elif any(group.key == key for group in self._working.values()):
+                self._arrived.setdefault(key, []).extend(runs)
             else:
                 self._dispatch(self._group(key, backend, runs))
 

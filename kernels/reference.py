@@ -132,7 +132,7 @@ def head(logits: torch.Tensor, onehot: torch.Tensor, weight: torch.Tensor) -> tu
 
     Args:
         logits: [E, C, B].
-        onehot: [E, C, B], 1 at the label and 0 elsewhere.
+        onehot: [E, C, B], 1 at the label and 0 elsewhere, or any shares of the classes that sum to 1.
         weight: [E, B], of each sample in its model's loss.
 
     Returns:

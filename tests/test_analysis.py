@@ -1,5 +1,6 @@
 """Loading results: what a file must be, and what Results gives."""
 
+import gzip
 import os
 import shutil
 import subprocess
@@ -240,3 +241,55 @@ def test_columns_added_later_do_no_harm(path: Path, tmp_path: Path) -> None:
     results = load(copy)
     assert list(results.probes.columns) == [c.name for c in GROUPS["probes"]]
     assert results.probes["n"].tolist() == [5, 6, 7]
+
+
+@pytest.fixture
+def version_1(tmp_path: Path) -> Path:
+    """A file that fasttrain 915253f, of schema version 1, wrote: two widths, two learning rates, 20 probes."""
+    path = tmp_path / "version1.h5"
+    path.write_bytes(gzip.decompress((Path(__file__).parent / "data" / "version1.h5.gz").read_bytes()))
+    return path
+
+
+def test_a_file_of_version_1_is_read_with_the_values_that_it_had_then(version_1: Path) -> None:
+    results = load(version_1)
+    assert results.attrs["schema_version"] == 1
+    curves, probes = results.curves, results.probes
+    for group, frame in (("curves", curves), ("probes", probes)):
+        assert list(frame.columns) == [c.name for c in GROUPS[group]]
+    # As h5py reads them; what version 1 has is not replaced.
+    with h5py.File(version_1) as file:
+        for group, frame in (("curves", curves), ("probes", probes)):
+            lacked = {c.name for c in GROUPS[group] if c.default is not None}
+            assert set(file[group]) == {c.name for c in GROUPS[group]} - lacked
+            for name in set(file[group]) - {"arch", "activation", "optimizer", "labels", "data", "censored", "outcome"}:
+                np.testing.assert_array_equal(frame[name], file[group][name][:])
+    assert len(curves) == 4
+    assert len(probes) == 20
+    assert set(curves["lr"]) == {0.01, 0.03}
+    for frame in (curves, probes):
+        assert set(zip(frame["norm"], frame["inputs"], frame["schedule"], strict=True)) == {
+            ("none", "real", "constant")
+        }
+        assert not frame[["heads", "patch", "warmup", "weight_decay", "clip", "label_smoothing"]].any(axis=None)
+        assert frame["nesterov"].dtype == np.bool_
+        assert not frame["nesterov"].any()
+        assert (frame["init_scale"] == 1.0).all()
+    assert (curves["race"] == "").all()
+    assert curves[["race_emc50", "race_emc50_low", "race_emc50_high"]].isna().all(axis=None)
+    assert probes["test_accuracy"].isna().all()
+    assert len(results.history(0)) == probes["history_count"][0] > 0
+    # Its learning rates never raced.
+    assert (results.spec.lr, results.spec.lr_search) == ((0.01, 0.03), "all")
+    assert len(results.spec.variants(10)) == 4
+
+
+def test_of_version_1_only_what_it_lacked_may_be_missing(version_1: Path, path: Path) -> None:
+    with h5py.File(version_1, "r+") as file:
+        del file["curves/censored"]
+    with pytest.raises(UserError, match="/curves/censored is missing"):
+        load(version_1)
+    with h5py.File(path, "r+") as file:
+        del file["curves/race"]
+    with pytest.raises(UserError, match="/curves/race is missing"):
+        load(path)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import gpu, peers, precision, profiles, tune, work
+from benchmarks import batching, gpu, peers, precision, profiles, tune, work
 from benchmarks.__main__ import main
 from benchmarks.work import Case
 from fasttrain.kernels import configurations
+from fasttrain.kernels.convolve import convolve
 
 
 def test_flops_and_bytes_of_a_model_step_by_hand() -> None:
@@ -102,6 +103,27 @@ def test_profile_of_the_compiled_kernels_shares_a_step_out_to_its_phases() -> No
     phases = [parts[name] for name in profiles.PHASES]
     assert min(phases) > 0
     assert sum(phases) < time.perf_counter() - begin
+
+
+def test_batching_writes_its_rows_after_a_check(monkeypatch, tmp_path):
+    arguments = ["batching", "--quick", "--repeats", "1", "--out", str(tmp_path)]
+    done = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "batching.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(text.splitlines()))
+    assert {row["what"] for row in rows} == {"convolution", "attention", "step"}
+    assert all(float(row["milliseconds a model"]) > 0 for row in rows)
+    ways = {row["way"] for row in rows if row["what"] == "convolution"}
+    assert ways == {*batching.METHODS, "eager loop"}
+
+    def wrong(x, weight, bias, how):
+        return convolve(x, weight * (1.0001 if how == "product" else 1.0), bias, how)
+
+    monkeypatch.setattr(batching, "convolve", wrong)
+    done = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert done.exit_code == 1
+    assert "conformance failed: product" in done.output
+    assert "conformance failed: loop" not in done.output
 
 
 @pytest.mark.parametrize("command", ["gpu", "tune"])

@@ -15,7 +15,7 @@ import fasttrain
 from fasttrain import ScanSpec, UserError
 from fasttrain.cli import main
 from fasttrain.cli.options import FIELDS
-from fasttrain.records import Censored, Estimate, History, Outcome, Probe, ProbeResult, Problem
+from fasttrain.records import Censored, Estimate, History, Outcome, Probe, ProbeResult, Problem, Race
 from fasttrain.store import HDF5Store
 
 NAN, INF = float("nan"), float("inf")
@@ -73,7 +73,7 @@ def write(spec, path, estimates=None, runs=3, status="complete"):
 
 
 BAD = [
-    ("arch", "cnn"),
+    ("arch", "rnn"),
     ("activation", "reluu"),
     ("data", "-"),
     ("widths", "0"),
@@ -100,7 +100,7 @@ BAD = [
     ("backend", "graphs"),
     ("precision", "half"),
     ("labels", "wrong"),
-    ("optimizer", "adamw"),
+    ("optimizer", "lion"),
     ("spec", "none.toml"),
 ]
 
@@ -182,16 +182,30 @@ def test_bad_spec_file(capsys, content, line):
 
 def test_every_option_reaches_the_spec(scanned):
     values = {
-        "arch": "mlp",
+        "arch": "mlp,vit",
         "widths": "4:8:4",
         "depths": "1,2",
+        "scaling": "compound",
+        "match_params": True,
+        "norm": "batch",
+        "heads": "2",
+        "patch": "3",
+        "inputs": "real,shuffled",
+        "lr_search": "all",
+        "nesterov": True,
+        "weight_decay": "0,0.1",
+        "schedule": "cosine",
+        "warmup": "3",
+        "clip": "2",
+        "label_smoothing": "0.1",
+        "init_scale": "0.5",
         "activation": "tanh,gelu",
         "data": "gaussian:8",
         "labels": "true",
         "classes": "2,3",
         "optimizer": "sgd",
         "lr": "0.1,1",
-        "momentum": "0",
+        "momentum": "0.5",
         "batch_size": "full,8",
         "steps": "50",
         "check_every": "5",
@@ -206,12 +220,13 @@ def test_every_option_reaches_the_spec(scanned):
         "backend": "loop",
         "precision": "float64",
     }
-    args = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
+    options = {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+    args = [part for name, value in options.items() for part in ((name,) if value is True else (name, value))]
     assert main(["scan", *args, "--out", "x.h5", "--overwrite", "--quiet"]) == 0
     spec, keywords = scanned[0]
     assert spec == ScanSpec(**values)
     assert set(values) == {field.name for field in dataclasses.fields(ScanSpec)}
-    assert keywords == {"out": "x.h5", "overwrite": True, "on_progress": None}
+    assert keywords == {"out": "x.h5", "overwrite": True, "save_weights": False, "on_progress": None}
 
 
 def test_defaults_are_those_of_the_library_and_lists_may_be_given_in_parts(scanned):
@@ -235,8 +250,11 @@ def test_help_shows_every_field_with_its_default(capsys):
         else:
             shown = ",".join(str(v) for v in (default if isinstance(default, tuple) else (default,)))
         option = f"--{field.name.replace('_', '-')}"
+        if default is False:
+            assert f"{option} " in text
+            continue
         assert re.search(rf"{option} [^\[]*\[default: {re.escape(shown)}\]", text), option
-    for option in ("--spec", "--out", "--overwrite", "--quiet", "--dry-run"):
+    for option in ("--spec", "--out", "--overwrite", "--save-weights", "--quiet", "--dry-run"):
         assert f"{option} " in text
 
 
@@ -331,6 +349,42 @@ def test_table_shows_the_settings_that_vary(capsys):
     assert "\x1b" not in text
 
 
+def test_table_has_the_winner_of_a_race_and_show_all_the_losers(capsys):
+    spec = ScanSpec(widths="4,8", lr="0.001,0.01,0.1")
+    stands = [Race.DROPPED, Race.WON, Race.LOST, Race.RUNNING, Race.RUNNING, Race.DROPPED]
+    raced = {"race_emc50": 700.0, "race_low": 690.0, "race_high": 710.0}
+    write(
+        spec,
+        "emc.h5",
+        [
+            estimate(i, 662.4 - i, 641.2, 683.0, race=race, finished=race is not Race.RUNNING, **raced)
+            for i, race in enumerate(stands)
+        ],
+    )
+    assert main(["show", "emc.h5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "lr" not in lines[0]
+    assert lines[2:6] == [
+        "width  depth     lr  params  EMC50  90% interval  EMC/param  runs  notes",
+        "    4      1   0.01     200    661  [641, 683]         3.31    30  lr won of 0.001,0.01,0.1",
+        "    8      1  0.001     400    659  [641, 683]         1.65    30  unfinished, lr in a race of 0.001,0.01,0.1",
+        "    8      1   0.01     500    658  [641, 683]         1.32    30  unfinished, lr in a race of 0.001,0.01,0.1",
+    ]
+    assert lines[6:] == ["", "emc.h5: 6 variants, 3 training runs, complete"]
+    assert main(["show", "emc.h5", "--all"]) == 0
+    everything = capsys.readouterr().out.splitlines()
+    assert len(everything) == len(lines) + 3
+    assert set(lines) < set(everything)
+    assert [line.split("  ")[-1] for line in everything[3:9]] == [
+        "lr dropped",
+        "lr won of 0.001,0.01,0.1",
+        "lr lost",
+        "unfinished, lr in a race of 0.001,0.01,0.1",
+        "unfinished, lr in a race of 0.001,0.01,0.1",
+        "lr dropped",
+    ]
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not hdf5"])
 def test_show_of_a_bad_file(capsys, content):
     if content is not None:
@@ -412,6 +466,7 @@ def test_dry_run_prints_the_cost_and_writes_nothing(replace, capsys, tmp_path):
             device="cpu",
             backend="vmap",
             precision="float32",
+            unmatched=("no width of vit matches",),
         )
 
     replace("preview", preview)
@@ -429,6 +484,7 @@ def test_dry_run_prints_the_cost_and_writes_nothing(replace, capsys, tmp_path):
         "2 variants on cpu, vmap, float32, 32 slots",
         "memory: about 210 MiB, at most 7 MiB a model",
         "cost: at most 12.3 M model-steps, 3 min 20 s; likely 1 min 01 s",
+        "left out: no width of vit matches",
         "Nothing was trained or written.",
     ]
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from compiled import Case, Kernel, compile_case, compile_rows, quiet_worker
 
 from fasttrain.kernels import configurations, drivers, fused
 
+pytestmark = pytest.mark.alone  # it compiles in two processes itself
 TARGETS = (80, 90)
 SHARED = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that a block may have, of an A100 and of an H100 or H200."""
@@ -62,11 +63,8 @@ def kernels() -> dict[Case, list[Kernel]]:
 def fits(case: Case, kernel: Kernel) -> None:
     assert kernel.shared <= SHARED[case.target], kernel
     if kernel.name == "whole_steps":
-        # Between its phases it may keep some loop counters on the stack; inside of the tiles nothing is.
-        tiles = {name: n for name, n in kernel.spilled.items() if name != kernel.name}
-        assert len(tiles) >= 4
-        assert not any(tiles.values()), kernel
-        assert kernel.spilled[kernel.name] <= 16, kernel
+        assert len(kernel.spilled) >= 5  # itself, and the tiles that it calls
+        assert not any(kernel.spilled.values()), kernel
     elif case.dtype == "float32":  # float64 is there to be compared with
         assert not any(kernel.spilled.values()), kernel
         if case.classes <= 32:

@@ -104,9 +104,10 @@ def test_join_drops_the_spare_rows_of_both() -> None:
 
 def test_a_stack_of_new_models_has_zero_state() -> None:
     rows = stack([4, 5, 6]).params
-    new = Stack.of(rows, 2)
+    new = Stack.of(rows, (4, 9))
     assert torch.equal(new.params, rows)
-    assert [tensor.shape for tensor in new.optim] == [rows.shape] * 2
+    assert [tuple(tensor.shape) for tensor in new.optim] == [(3, 4), (3, 9)]
+    assert {tensor.dtype for tensor in new.optim} == {rows.dtype}
     assert not any(tensor.any() for tensor in (*new.optim, new.grads))
     assert len({tensor.data_ptr() for tensor in (new.params, new.grads, *new.optim)}) == 4
 

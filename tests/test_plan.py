@@ -1,11 +1,14 @@
 import dataclasses
+import itertools
 
 import pytest
 
 from fasttrain import ScanSpec, UserError
 from fasttrain.data import DataInfo, describe
+from fasttrain.ensemble import Layout
 from fasttrain.models import parameter_count
-from fasttrain.plan import bucket, default_n_max, make_plan, probe_bytes
+from fasttrain.optim import SHAMPOO_LARGEST, make_optimizer
+from fasttrain.plan import bucket, default_n_max, make_plan, optimizer_numbers, probe_bytes
 from fasttrain.records import Problem
 from fasttrain.spec import Variant
 
@@ -16,7 +19,7 @@ def problems(spec: ScanSpec, info: DataInfo | None = None) -> list[Problem]:
     info = info or describe(spec.data)
     out = []
     for index, variant in enumerate(spec.variants(info.classes)):
-        params = parameter_count(variant, info.features)
+        params = parameter_count(variant, (info.features,))
         out.append(Problem(index, variant, params, 2, spec.n_max or default_n_max(params, info)))
     return out
 
@@ -33,38 +36,74 @@ def variant() -> Variant:
     return one
 
 
-@pytest.mark.parametrize(("field", "value"), [("lr", 0.5), ("momentum", 0.1), ("labels", "true")])
-def test_what_is_a_vector_over_the_models_shares_a_bucket(field: str, value: object) -> None:
-    assert bucket(dataclasses.replace(variant(), **{field: value})) == bucket(variant())
+SHARED = {
+    "lr": 0.5,
+    "momentum": 0.1,
+    "labels": "true",
+    "inputs": "shuffled",
+    "init_scale": 0.5,
+}
+APART = {
+    "arch": "other",
+    "width": 17,
+    "depth": 2,
+    "activation": "gelu",
+    "optimizer": "adam",
+    "batch_size": 65,
+    "classes": 9,
+    "norm": "batch",
+    "heads": 2,
+    "patch": 4,
+    "nesterov": True,
+    "weight_decay": 0.1,
+    "schedule": "cosine",
+    "warmup": 5,
+    "clip": 1.0,
+    "label_smoothing": 0.1,
+}
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("arch", "other"),
-        ("width", 17),
-        ("depth", 2),
-        ("activation", "gelu"),
-        ("optimizer", "adam"),
-        ("batch_size", 65),
-        ("classes", 9),
-    ],
-)
-def test_what_changes_the_step_function_does_not(field: str, value: object) -> None:
-    assert bucket(dataclasses.replace(variant(), **{field: value})) != bucket(variant())
+@pytest.mark.parametrize("field", SHARED)
+def test_what_is_a_vector_over_the_models_shares_a_bucket(field: str) -> None:
+    assert bucket(dataclasses.replace(variant(), **{field: SHARED[field]})) == bucket(variant())
+
+
+@pytest.mark.parametrize("field", APART)
+def test_what_changes_the_step_function_does_not(field: str) -> None:
+    assert bucket(dataclasses.replace(variant(), **{field: APART[field]})) != bucket(variant())
 
 
 def test_every_field_of_a_variant_is_in_one_of_the_two_lists_above() -> None:
-    names = {field.name for field in dataclasses.fields(Variant)}
-    assert names == {"lr", "momentum", "labels"} | {
-        "arch",
-        "width",
-        "depth",
-        "activation",
-        "optimizer",
-        "batch_size",
-        "classes",
-    }
+    assert {field.name for field in dataclasses.fields(Variant)} == {*SHARED, *APART}
+
+
+def test_whether_there_is_decay_tells_buckets_apart_but_not_how_much() -> None:
+    some, more = (dataclasses.replace(variant(), weight_decay=decay) for decay in (1e-4, 0.1))
+    assert bucket(some) == bucket(more) != bucket(variant())
+
+
+@pytest.mark.parametrize("fields", [{"depths": 0}, {"widths": 5, "depths": 3}, {"widths": 1030, "depths": 2}], ids=str)
+def test_what_shampoo_takes_is_counted(fields: dict[str, object]) -> None:
+    """Its statistics and roots twice, against those that it asks for (which start on multiples of 64 numbers)."""
+    spec = ScanSpec(**{"widths": 16, "optimizer": "shampoo", **fields})
+    (problem,) = problems(spec)
+    sizes = list(itertools.pairwise([64, *[problem.variant.width] * problem.variant.depth, 10]))
+    layout = Layout({f"{k}.{s}": (b, a)[: 2 - s] for k, (a, b) in enumerate(sizes) for s in (0, 1)})
+    asked = sum(make_optimizer(problem.variant, layout, 1).state_sizes)
+    counted = optimizer_numbers(problem.variant, 64, problem.params)
+    assert 2 * asked - 2 * 64 * 6 * len(sizes) <= counted <= 2 * asked + 4 * 1024**2
+    whole = [size for a, b in sizes for size in (a, b, b) if size <= SHAMPOO_LARGEST]
+    diagonal = [size for a, b in sizes for size in (a, b, b) if size > SHAMPOO_LARGEST]
+    exact = 2 * (2 * sum(size**2 for size in whole) + sum(diagonal)) + 4 * max(whole) ** 2
+    assert counted == exact
+    assert needs(**{"optimizer": "shampoo", **fields}) > needs(**{"optimizer": "adam", **fields}) + 4 * asked - 10**5
+
+
+def test_muon_and_others_are_counted() -> None:
+    adam = needs(optimizer="adam", widths=1000)
+    assert needs(optimizer="muon", widths=1000) > adam
+    for name in ("sgd", "adamw", "rmsprop"):
+        assert needs(optimizer=name, widths=1000) == adam
 
 
 def test_a_bucket_is_a_variant_of_itself() -> None:

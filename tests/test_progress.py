@@ -11,7 +11,7 @@ from rich.console import Console
 from fasttrain import ScanSpec
 from fasttrain.cli.progress import Log, render, reporter, visible
 from fasttrain.cli.tables import bytes_text, number_text, seconds_text
-from fasttrain.records import Censored, Estimate
+from fasttrain.records import Censored, Estimate, Race
 
 NAN, INF = float("nan"), float("inf")
 
@@ -117,6 +117,31 @@ def test_log_reports_each_finished_variant_once_and_progress_every_few_seconds()
     last = log.lines(snapshot(done, elapsed=18.5, finished=True))
     assert len(last) == 1
     assert "left" not in last[0]
+
+
+def test_a_race_is_shown_until_its_winner_is_confirmed():
+    spec = ScanSpec(widths=8, lr="0.001,0.01,0.1,1")
+    dropped = dataclasses.replace(estimate(0, low=0.0, high=2.0, finished=True, runs=12), race=Race.DROPPED)
+    dropped = dataclasses.replace(dropped, censored=Censored.BELOW)
+    running = [dataclasses.replace(estimate(i, 50.0, 20.0, 90.0, runs=12), race=Race.RUNNING) for i in (1, 2, 3)]
+    log = Log(io.StringIO())
+    assert log.lines(snapshot((dropped, *running), spec))[0] == (
+        "[12 s] width 8, depth 1, lr 0.001: EMC50 < 2, 12 runs, below n-min, lr dropped"
+    )
+    lines = shown(snapshot((dropped, *running), spec), width=120).splitlines()
+    assert [line.rstrip().split("  ")[-1] for line in lines[1:5]] == ["done, below n-min, lr dropped"] + ["running"] * 3
+    assert lines[5].startswith("1/4 variants done")
+    won = dataclasses.replace(estimate(1), race=Race.WON)
+    lost = [dataclasses.replace(one, race=Race.LOST, finished=True) for one in running[1:]]
+    lines = shown(snapshot((dropped, won, *lost), spec), width=120).splitlines()
+    assert lines[2].rstrip().endswith("running, lr won, confirming")
+    assert lines[3].rstrip().endswith("done, lr lost")
+    ended = [line.split(": ")[1] for line in log.lines(snapshot((dropped, won, *lost), spec))]
+    assert ended == ["EMC50 50.0 [20.0, 90.0], 12 runs, lr lost"] * 2
+    won = dataclasses.replace(won, emc50=49.0, emc50_low=45.0, emc50_high=53.0, finished=True, n_probes=40)
+    assert log.lines(snapshot((dropped, won, *lost), spec)) == [
+        "[12 s] width 8, depth 1, lr 0.01: EMC50 49.0 [45.0, 53.0], 40 runs, lr won"
+    ]
 
 
 def test_log_lines_of_a_long_scan_are_few():

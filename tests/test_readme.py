@@ -20,12 +20,12 @@ SMALL = "scan --arch mlp --widths 4,8 --steps 200 --max-probes 4 --device cpu --
 pytestmark = pytest.mark.filterwarnings("ignore:this BLAS gives a model other bits:UserWarning")
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+def blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
-def commands(program):
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
+def commands(program, text=README):
+    lines = [line for block in blocks("sh", text) for line in block.splitlines()]
     return [line for line in lines if line.split()[0] == program]
 
 
@@ -51,7 +51,8 @@ def small(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _beside_a_small_file(tmp_path, monkeypatch, small):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "emc.h5").write_bytes(small)
+    for name in ("emc.h5", "scan.h5"):
+        (tmp_path / name).write_bytes(small)
 
 
 def test_the_first_screen_has_the_two_commands_and_the_main_job():
@@ -108,6 +109,24 @@ def test_python_blocks_run(number, capsys):
     assert capsys.readouterr().out
 
 
+def pages(found):
+    """What a function finds on the pages of docs, each with the name of its page."""
+    texts = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+    return [pytest.param(one, id=f"{name}-{k}") for name, text in texts.items() for k, one in enumerate(found(text))]
+
+
+@pytest.mark.parametrize("line", pages(lambda text: commands("fasttrain", text)))
+def test_commands_of_the_documents_work(line, capsys):
+    status, out, err = run(line.removeprefix("fasttrain "), capsys)
+    assert (status, err) == (0, "")
+    assert out
+
+
+@pytest.mark.parametrize("block", pages(lambda text: blocks("python", text)))
+def test_python_blocks_of_the_documents_run(block):
+    exec(compile(block, "a block of docs", "exec"), {"__name__": "docs"})
+
+
 def test_ranges_are_as_described():
     for text, values in re.findall(r"`([\d:^]+)` is ([\d,\s]+\d)", README):
         assert ScanSpec(widths=text).widths == tuple(int(v) for v in values.split(","))
@@ -147,7 +166,7 @@ def test_sample_output_is_of_the_default_scan_and_agrees_with_itself():
     rows = sample_rows()
     variants = ScanSpec(widths="4,8,16,24").variants(10)
     assert [(row["width"], row["depth"]) for row in rows] == [(v.width, v.depth) for v in variants]
-    assert [row["params"] for row in rows] == [parameter_count(v, 64) for v in variants]
+    assert [row["params"] for row in rows] == [parameter_count(v, (64,)) for v in variants]
     for row in rows:
         assert row["low"] < row["EMC50"] < row["high"]
         # Both are printed to three digits or more: each is off by half a unit of the third, 0.5 %, at most.
@@ -167,7 +186,7 @@ def test_the_line_that_is_explained_is_in_the_sample():
 
 
 def test_options_that_are_named_exist(capsys):
-    _, accepted, _ = run("scan --help", capsys)
+    accepted = "".join(run(f"{verb} --help", capsys)[1] for verb in ("scan", "show", "rerun"))
     named = set(re.findall(r"--[a-z][a-z-]*", README))
     assert len(named) >= 10
     assert named <= set(re.findall(r"--[a-z][a-z-]*", accepted))

@@ -159,11 +159,13 @@ def test_covers_theorem():
     [
         pytest.param({"lr": 0.01}, 662, 0.011, id="adam"),
         pytest.param({"lr": 0.1, "optimizer": "sgd"}, 600, 0.03, id="sgd"),
+        pytest.param({"lr": 0.01, "activation": "identity"}, 288, 0.03, id="identity"),
+        pytest.param({"lr": 0.005, "widths": 32}, 1464, 0.005, id="adam-32"),
     ],
 )
-def test_reference_cases_of_width_16(fields, emc50, error):
-    """EMC50 of ReLU, one hidden layer of 16, X ~ N(0, I_64), 10 classes, against an independent implementation."""
-    results = fasttrain.scan(fasttrain.ScanSpec(widths=16, data="gaussian:64", tolerance=0.04, **fields))
+def test_reference_cases(fields, emc50, error):
+    """EMC50 of one hidden layer, X ~ N(0, I_64), 10 classes, against an independent implementation."""
+    results = fasttrain.scan(fasttrain.ScanSpec(**{"widths": 16, "data": "gaussian:64", "tolerance": 0.04, **fields}))
     (curve,) = results.curves.itertuples()
     ours = (np.log(curve.emc50_high) - np.log(curve.emc50_low)) / (2 * 1.645)
     assert abs(np.log(curve.emc50 / emc50)) <= 3 * np.hypot(error, ours)
@@ -224,6 +226,7 @@ def test_an_interrupt_that_was_swallowed_still_stops_the_scan(monkeypatch, tmp_p
     assert len(results.probes) > 0
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("after", [1.5, 4.0])
 def test_ctrl_c_stops_within_two_seconds_and_keeps_what_finished(tmp_path, after):
     path = tmp_path / "emc.h5"

@@ -52,7 +52,7 @@ def play(the_problem, fitted, **limits):
     """All rounds of one variant by ``next_round`` alone, and the last estimate."""
     rounds = []
     while True:
-        estimate, probes = next_round(the_problem, rounds, Limits(**{**DEFAULTS, **limits}))
+        estimate, probes, _ = next_round(the_problem, rounds, Limits(**{**DEFAULTS, **limits}))
         assert (not probes) == estimate.finished
         if not probes:
             return estimate, rounds

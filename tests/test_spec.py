@@ -9,9 +9,33 @@ from fasttrain import ScanSpec, UserError
 from fasttrain.spec import Variant, parse_integers, read_toml
 
 BAD = [
-    ("arch", "cnn", "mlp"),
-    ("arch", ["mlp"], "mlp"),
+    ("arch", "rnn", "mlp, linear, cnn, vit"),
+    ("arch", "mlp,rnn", "package.module:factory"),
+    ("arch", [3], "mlp"),
     ("arch", "", "mlp"),
+    ("arch", (), "at least one"),
+    ("arch", "a b:c", "mlp"),
+    ("scaling", "zip", "product, compound"),
+    ("match_params", "yes", "true, false"),
+    ("match_params", True, "at least two architectures"),
+    ("norm", "layer", "none, batch"),
+    ("heads", 0, "at least 1"),
+    ("patch", "0", "at least 1"),
+    ("inputs", "noise", "real, shuffled, gaussian"),
+    ("labels", "corrupted", "corrupted:SHARE"),
+    ("labels", "corrupted:0", "between 0 and 1"),
+    ("labels", "corrupted:1", "between 0 and 1"),
+    ("lr_search", "best", "race, all"),
+    ("nesterov", 1, "true, false"),
+    ("weight_decay", -1, "at least 0"),
+    ("weight_decay", "inf", "at least 0"),
+    ("schedule", "step", "constant, cosine, linear"),
+    ("warmup", -1, "at least 0"),
+    ("warmup", 10_000, "less than steps"),
+    ("clip", 0, "above 0"),
+    ("label_smoothing", 1, "not including, 1"),
+    ("label_smoothing", -0.1, "from 0"),
+    ("init_scale", 0, "above 0"),
     ("activation", "reluu", "relu, leaky_relu"),
     ("activation", ("relu", "swish"), "relu, leaky_relu"),
     ("activation", (), "at least one"),
@@ -47,7 +71,7 @@ BAD = [
     ("classes", 1, "at least 2"),
     ("classes", "1,10", "at least 2"),
     ("classes", (), "at least one"),
-    ("optimizer", "adamw", "sgd, adam"),
+    ("optimizer", "lion", "sgd, adam"),
     ("lr", 0, "above 0"),
     ("lr", -0.1, "above 0"),
     ("lr", math.nan, "above 0"),
@@ -126,6 +150,40 @@ def test_n_min_must_lie_below_n_max():
     assert ScanSpec(n_min=49, n_max=50).n_min == 49
 
 
+def test_shapes_and_architectures_must_go_together():
+    for fields, option, said in (
+        ({"scaling": "compound", "widths": (4, 8), "depths": 1}, "depths", "pairs them with 2 widths"),
+        ({"arch": "mlp,cnn", "depths": (0, 1)}, "depths", "cnn has at least one block"),
+        ({"arch": "vit", "widths": (4, 6), "heads": 4}, "heads", "does not divide the width 6"),
+        ({"nesterov": True, "momentum": 0}, "nesterov", "momentum above 0"),
+    ):
+        with pytest.raises(UserError, match=said) as caught:
+            ScanSpec(**fields)
+        assert caught.value.option == option
+
+
+def test_compound_scaling_pairs_widths_and_depths():
+    spec = ScanSpec(arch="mlp,vit", widths=(4, 6, 12), depths=(1, 2, 3), scaling="compound")
+    shapes = [(v.arch, v.width, v.depth, v.heads) for v in spec.variants(10)]
+    assert shapes == [
+        ("mlp", 4, 1, 0), ("mlp", 6, 2, 0), ("mlp", 12, 3, 0), ("vit", 4, 1, 4), ("vit", 6, 2, 2), ("vit", 12, 3, 4),
+    ]  # fmt: skip
+
+
+def test_a_variant_has_only_what_means_something_to_it():
+    fields = {"optimizer": "sgd,adam", "nesterov": True, "norm": "batch", "heads": 1, "patch": 2, "widths": 4}
+    of = {(v.arch, v.optimizer): v for v in ScanSpec(arch="mlp,linear,cnn,vit,a:b", **fields).variants(10)}
+    assert of["mlp", "adam"].momentum == 0
+    assert not of["mlp", "adam"].nesterov
+    assert of["mlp", "sgd"].nesterov
+    assert {key: v.norm for key, v in of.items() if v.norm != "none"} == dict.fromkeys(
+        [("cnn", "sgd"), ("cnn", "adam")], "batch"
+    )
+    assert {arch for (arch, _), v in of.items() if v.heads or v.patch} == {"vit"}
+    assert (of["linear", "sgd"].width, of["linear", "sgd"].depth) == (0, 0)
+    assert {v.activation for v in of.values()} == {"relu", "none"}
+
+
 def test_a_product_too_large_to_list_is_refused_before_it_is_made():
     with pytest.raises(UserError, match="span 2500000000 variants") as caught:
         ScanSpec(widths="1:50000", depths="1:50000")
@@ -136,16 +194,30 @@ def test_a_product_too_large_to_list_is_refused_before_it_is_made():
 def test_defaults_are_those_of_the_issue():
     spec = ScanSpec()
     assert dataclasses.asdict(spec) == {
-        "arch": "mlp",
+        "arch": ("mlp",),
         "widths": (4, 8, 16, 24),
         "depths": (1,),
+        "scaling": "product",
+        "match_params": False,
         "activation": ("relu",),
+        "norm": "none",
+        "heads": None,
+        "patch": None,
         "data": "digits",
+        "inputs": ("real",),
         "labels": ("random",),
         "classes": None,
         "optimizer": ("adam",),
         "lr": (0.01,),
+        "lr_search": "race",
         "momentum": 0.9,
+        "nesterov": False,
+        "weight_decay": (0.0,),
+        "schedule": ("constant",),
+        "warmup": 0,
+        "clip": None,
+        "label_smoothing": 0.0,
+        "init_scale": 1.0,
         "batch_size": (64,),
         "steps": 10_000,
         "check_every": 100,
@@ -174,6 +246,11 @@ def test_defaults_are_those_of_the_issue():
         ("depths", "0:2", (0, 1, 2)),
         ("classes", "2,10", (2, 10)),
         ("activation", "relu, tanh", ("relu", "tanh")),
+        ("arch", "mlp,cnn,my.models:make", ("mlp", "cnn", "my.models:make")),
+        ("labels", "corrupted:0.50,true", ("corrupted:0.5", "true")),
+        ("nesterov", "true", True),
+        ("weight_decay", "0,1e-3", (0.0, 0.001)),
+        ("clip", 1, 1.0),
         ("labels", "random,true,random", ("random", "true")),
         ("lr", "0.1,1e-3", (0.1, 0.001)),
         ("lr", "0.1,0.10", (0.1,)),
@@ -286,13 +363,28 @@ def test_every_setting_of_a_variant_comes_from_the_spec():
 
 
 FULL = ScanSpec(
+    arch="vit,mlp",
     widths="2^2:2^4",
-    depths="0,2",
+    depths="1,2,3",
+    scaling="compound",
+    match_params=True,
+    norm="batch",
+    heads=2,
+    patch=4,
+    inputs="real,shuffled",
+    lr_search="all",
+    nesterov=True,
+    weight_decay="0,0.1",
+    schedule="cosine,linear",
+    warmup=9,
+    clip=2.5,
+    label_smoothing=0.125,
+    init_scale=0.5,
     activation="relu,tanh",
     data="gaussian:64",
     labels="random,true",
     classes=(2, 5),
-    optimizer="sgd,adam",
+    optimizer="sgd,muon",
     lr=(0.1, 1 / 3),
     momentum=0.25,
     batch_size="32,full",
@@ -332,14 +424,13 @@ def test_digest_is_fixed_by_the_values_alone():
 
 
 def test_digest_tells_every_field_apart():
-    defaults = ScanSpec()
+    defaults = ScanSpec(arch="mlp,cnn", widths=4)
     changed = {
         field.name: dataclasses.replace(defaults, **{field.name: getattr(FULL, field.name)})
         for field in dataclasses.fields(ScanSpec)
         if getattr(FULL, field.name) != getattr(defaults, field.name)
     }
-    # arch has one value so far.
-    assert len(changed) == len(dataclasses.fields(ScanSpec)) - 1
+    assert len(changed) == len(dataclasses.fields(ScanSpec))
     assert len({spec.digest() for spec in changed.values()} | {defaults.digest()}) == len(changed) + 1
 
 

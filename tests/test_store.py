@@ -17,7 +17,7 @@ import pytest
 from fasttrain import store as store_module
 from fasttrain.analysis import Results, load
 from fasttrain.errors import UserError
-from fasttrain.records import Censored, Estimate, History, Outcome, Probe, ProbeResult, Problem
+from fasttrain.records import Censored, Estimate, History, Outcome, Probe, ProbeResult, Problem, Race
 from fasttrain.spec import ScanSpec
 from fasttrain.store import (
     GROUPS,
@@ -48,6 +48,7 @@ def result(i: int, length: int = 2, **changes: object) -> ProbeResult:
         "started": 0.5 * i,
         "finished": 0.5 * i + 0.1,
         "train_seconds": 0.1 * i,
+        "test_accuracy": i / 9,
     }
     return ProbeResult(**{**fields, **changes})
 
@@ -64,6 +65,10 @@ def estimate(i: int, **changes: object) -> Estimate:
         "budget_spent": i % 2 == 0,
         "finished": i % 2 == 1,
         "n_probes": 7 + i,
+        "race": list(Race)[i % 5],
+        "race_emc50": 11.5 + i if i % 5 else math.nan,
+        "race_low": 8.5 if i % 5 else math.nan,
+        "race_high": math.inf if i % 5 else math.nan,
     }
     return Estimate(**{**fields, **changes})
 
@@ -149,7 +154,7 @@ def test_every_value_comes_back(path: Path, kind: int) -> None:
             assert row[name] == getattr(variant, name), name
         assert row["params"] == 50 * (i + 1)
         assert row["outcome"] == want.outcome.value
-        for name in ("steps", "fit_step", "train_error", "train_loss", *TIMING_COLUMNS):
+        for name in ("steps", "fit_step", "train_error", "train_loss", "test_accuracy", *TIMING_COLUMNS):
             assert row[name] == getattr(want, name), name
         history = results.history(i)
         assert row["history_count"] == len(history) == length
@@ -169,6 +174,12 @@ def test_every_value_comes_back(path: Path, kind: int) -> None:
     assert math.isinf(curves["emc50_high"][2])
     assert curves["budget_spent"].tolist() == [i % 2 == 0 for i in range(len(PROBLEMS))]
     assert curves["budget_spent"].dtype == curves["finished"].dtype == np.bool_
+    raced = [i for i in range(len(PROBLEMS)) if i % 5]
+    assert curves["race"].tolist() == [list(Race)[i % 5].value for i in range(len(PROBLEMS))]
+    assert curves["race_emc50"][raced].tolist() == [11.5 + i for i in raced]
+    assert curves["race_emc50_low"][raced].tolist() == [8.5 for _ in raced]
+    assert curves["race_emc50_high"][raced].tolist() == [math.inf for _ in raced]
+    assert curves["race_emc50"][::5].isna().all()
     assert results.attrs["device"] == "Große GPU, 東京"
     assert (results.attrs["threads"], results.attrs["memory_gib"], results.attrs["probes"]) == (2, 0.5, 7)
     assert results.attrs["spec_digest"] == SPEC.digest()
@@ -181,6 +192,7 @@ def test_extreme_values_come_back(path: Path, kind: int) -> None:
     assert (row["n"], row["seed"], row["fit_step"], row["outcome"]) == (10**18, 2**62, -1, "diverged")
     assert math.isnan(row["train_loss"])
     assert math.isnan(row["started"])
+    assert math.isnan(row["test_accuracy"])
     history = results.history(6)
     assert history["step"].tolist() == [0, 2**62]
     assert history["train_loss"].tolist() == [5e-324, math.inf]
@@ -420,3 +432,17 @@ def test_the_document_lists_the_columns_of_a_file(path: Path) -> None:
 def test_timing_names_are_real() -> None:
     assert set(TIMING_COLUMNS) <= {c.name for c in GROUPS["probes"]}
     assert {"started", "ended"} <= set(TIMING_ATTRIBUTES)
+
+
+def test_the_document_lists_what_version_1_lacks() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "hdf5.md").read_text()
+    table = text[text.index("| columns that version 1 lacks") :].splitlines()[2:]
+    lines = [line.strip("|").split("|") for line in table if line.startswith("|")]
+    listed = {}
+    for names, values in lines:
+        columns = re.findall(r"`(\w+)`", names)
+        of_each = [value.strip(" `") for value in values.split(",")]
+        listed.update(zip(columns, of_each * len(columns) if len(of_each) == 1 else of_each, strict=True))
+    said = {"": "empty", "False": "false", "nan": "NaN"}
+    lacked = {c.name: str(c.default) for columns in GROUPS.values() for c in columns if c.default is not None}
+    assert listed == {name: said.get(value, value) for name, value in lacked.items()}

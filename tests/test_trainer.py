@@ -35,6 +35,7 @@ class FakeBackend:
 
     name = "fake"
     most_together = None
+    in_threads = False
     checks_a_turn = 1
 
     def __init__(self, variant: Variant, log: Log) -> None:
@@ -296,6 +297,7 @@ class SlowBackend(FakeBackend):
     """One run a state; sleeps as a kernel does that has let go of the interpreter's lock."""
 
     most_together = 1
+    in_threads = True
 
     def __init__(self, variant: Variant, log: Log, threads: Threads) -> None:
         super().__init__(variant, log)
@@ -335,6 +337,43 @@ def test_workers_run_states_of_their_own_at_once_and_give_the_same_results() -> 
         assert trainer.load.model_steps == sum(r.steps for r in results)
     assert len(found[0]) == 40
     assert found[0] == found[1] == found[2]
+
+
+class SharingBackend(SlowBackend):
+    """Many runs a state, which one thread steps at a time."""
+
+    most_together = None
+
+    def run(self, state: FakeState, until_step: int) -> Report:
+        assert self.threads.lock.acquire(timeout=1)
+        self.threads.lock.release()
+        assert id(state) not in self.threads.names
+        self.threads.names.add(str(id(state)))
+        time.sleep(0.002)
+        report = FakeBackend.run(self, state, until_step)
+        self.threads.names.discard(str(id(state)))
+        return report
+
+
+def test_buckets_are_stepped_at_once_and_what_arrives_meanwhile_joins_its_bucket() -> None:
+    found = []
+    for workers in (1, 2):
+        trainer, log = setup(6, widths=(4, 8, 16))
+        threads = Threads()
+        make = lambda _, variant, log=log, threads=threads: SharingBackend(variant, log, threads)  # noqa: E731
+        trainer = Trainer(trainer._setting, trainer._problems, make, 6, workers)
+        results = []
+        for start in range(0, 60, 5):  # while earlier ones run
+            trainer.submit(some_probes(60, 3)[start : start + 5])
+            results += trainer.advance()
+            assert trainer.running <= 6
+        results += drive(trainer)
+        trainer.close()
+        assert len(results) == 60
+        assert trainer.load.model_steps == sum(r.steps for r in results)
+        found.append(sorted((r.probe.variant, r.probe.n, r.probe.seed, r.steps, r.train_loss) for r in results))
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 60
 
 
 def test_what_fails_in_a_worker_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:

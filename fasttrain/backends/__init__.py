@@ -21,13 +21,17 @@ def choose(name: str, setting: Setting, variant: Variant) -> str:
 
     ``auto`` on CUDA is ``triton`` where the kernels carry the variant, else ``vmap``. On a CPU it is ``native`` where
     there is a C compiler and the kernels carry the variant (faster at every shape tried), else ``stacked`` where the
-    activation has its derivative there, else ``vmap``.
+    activation has its derivative there, else ``vmap``. Batch normalisation is left to ``loop``.
 
     Raises:
-        UserError: ``native`` or ``triton`` is asked for by name and cannot serve, or a precision that only ``triton``
-            has and that it cannot serve.
+        UserError: ``native`` or ``triton`` is asked for by name and cannot serve, batch normalisation with another
+            backend than ``loop``, or a precision that only ``triton`` has and that it cannot serve.
     """
     on_cuda = setting.device.type == "cuda"
+    if variant.norm == "batch":
+        if name not in ("auto", LoopBackend.name):
+            raise UserError("norm", "batch", f"{name} cannot train batch normalisation; expected backend loop")
+        return LoopBackend.name
     reason: str | None = f"the backend is {name}"
     if name == _TRITON or (name == "auto" and on_cuda):
         reason = _triton_unavailable(setting, variant)

@@ -1,6 +1,6 @@
 """The contract of a backend, and the record of one run in its hands."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -11,7 +11,7 @@ from fasttrain.data import Task, task
 from fasttrain.models import draw_weights
 from fasttrain.records import Outcome, Probe, ProbeResult, Problem
 from fasttrain.sampling import minibatches, order_key
-from fasttrain.spec import ScanSpec
+from fasttrain.spec import ScanSpec, Variant
 from fasttrain.stopping import Monitor, StopRules
 
 
@@ -24,12 +24,18 @@ class Setting:
         features: I, inputs a sample.
         device: where the runs train.
         dtype: float32 or float64.
+        in_shape: of a sample; (I,), or (channels, height, width) of an image.
     """
 
     spec: ScanSpec
     features: int
     device: torch.device
     dtype: torch.dtype
+    in_shape: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.in_shape:
+            object.__setattr__(self, "in_shape", (self.features,))
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +67,7 @@ class Run:
         return cls(
             problem=problem,
             probe=probe,
-            task=task(spec, variant.labels, variant.classes, probe.seed, probe.n),
+            task=task(spec, variant.labels, variant.classes, probe.seed, probe.n, variant.inputs),
             key=order_key(spec.seed, probe.seed, probe.n),
             monitor=Monitor(StopRules(spec.steps, spec.check_every)),
         )
@@ -70,7 +76,7 @@ class Run:
         """Its initial parameters, float64, by name."""
         return draw_weights(
             self.problem.variant,
-            setting.features,
+            setting.in_shape,
             scan_seed=setting.spec.seed,
             seed=self.probe.seed,
             n=self.probe.n,
@@ -141,6 +147,27 @@ class State(Protocol):
     clock: int
 
 
+OPTIONS: dict[str, Callable[[Variant], object]] = {
+    "Nesterov momentum": lambda variant: variant.nesterov,
+    "weight decay": lambda variant: variant.weight_decay,
+    "schedule": lambda variant: variant.schedule != "constant",
+    "warm-up": lambda variant: variant.warmup,
+    "gradient clipping": lambda variant: variant.clip,
+    "label smoothing": lambda variant: variant.label_smoothing,
+}
+"""What training may have on top of an optimizer and a constant learning rate, and whether a variant asks for it."""
+
+
+def lacking(variant: Variant, optimizers: Collection[str], options: Collection[str]) -> str | None:
+    """Why a backend with these optimizers and ``OPTIONS`` cannot train a variant, or None if it can."""
+    if variant.optimizer not in optimizers:
+        return f"it has no optimizer {variant.optimizer}"
+    for option, asked in OPTIONS.items():
+        if asked(variant) and option not in options:
+            return f"it has no {option}"
+    return None
+
+
 S = TypeVar("S", bound=State)
 
 
@@ -154,12 +181,15 @@ class Backend(Protocol, Generic[S]):
         name: as in a spec.
         most_together: None where company makes a step cheaper: all runs of a bucket share one state, and states take
             turns. Otherwise the runs a state should hold at most; several threads may then run several states.
+        in_threads: whether several threads may step several states, of other buckets than each other, and it is worth
+            it: where an operation takes long beside what Python adds to it.
         checks_a_turn: checks that a state should make before another one takes its turn: more than one where asking
             whether a run has ended costs much.
     """
 
     name: str
     most_together: int | None
+    in_threads: bool
     checks_a_turn: int
 
     def init(self, runs: Sequence[Run]) -> S:

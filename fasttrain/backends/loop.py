@@ -1,23 +1,26 @@
 """The oracle: one model at a time with torch.nn, torch.optim and autograd, and nothing clever."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from fasttrain.backends import oracle_optimizers
 from fasttrain.backends.base import Report, Run, Setting
-from fasttrain.models import MLP
-from fasttrain.spec import FULL_BATCH, Variant
+from fasttrain.models import build, input_shape
+from fasttrain.optim import lr_factor
+from fasttrain.spec import FULL_BATCH, ScanSpec, Variant
 
 
 @dataclass(slots=True, eq=False)
 class _Trained:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    x: torch.Tensor  # [N, I]
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    x: torch.Tensor  # [N, ...], as the module takes it
     y: torch.Tensor  # [N]
 
 
@@ -31,9 +34,29 @@ class LoopState:
 
 
 def _optimizer(variant: Variant, model: torch.nn.Module) -> torch.optim.Optimizer:
+    params, lr, decay = model.parameters(), variant.lr, variant.weight_decay
+    momentum, nesterov = variant.momentum, variant.nesterov
     if variant.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=variant.lr, momentum=variant.momentum)
-    return torch.optim.Adam(model.parameters(), lr=variant.lr)
+        return torch.optim.SGD(params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=decay)
+    if variant.optimizer == "muon":
+        return oracle_optimizers.Muon(params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=decay)
+    others: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "rmsprop": torch.optim.RMSprop,
+        "shampoo": oracle_optimizers.Shampoo,
+    }
+    return others[variant.optimizer](params, lr=lr, weight_decay=decay)
+
+
+def _scheduler(
+    spec: ScanSpec, variant: Variant, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    if variant.schedule == "constant" and not variant.warmup:
+        return None
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: lr_factor(variant.schedule, variant.warmup, spec.steps, done)
+    )
 
 
 class LoopBackend:
@@ -41,6 +64,7 @@ class LoopBackend:
 
     name = "loop"
     most_together: int | None = None
+    in_threads = False
     checks_a_turn = 1
 
     def __init__(self, setting: Setting) -> None:
@@ -48,13 +72,20 @@ class LoopBackend:
 
     def _start(self, run: Run) -> _Trained:
         setting = self._setting
-        model = MLP(run.problem.variant, setting.features).to(setting.device, setting.dtype)
+        variant = run.problem.variant
+        model = build(variant, setting.in_shape).to(setting.device, setting.dtype)
         weights = {name: torch.as_tensor(value) for name, value in run.initial_weights(setting).items()}
-        model.load_state_dict(weights)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        # Buffers, and the other names of a parameter that two layers share, are not among the weights.
+        assert not unexpected
+        assert not set(missing) & dict(model.named_parameters()).keys()
+        x = torch.as_tensor(run.task.inputs())
+        optimizer = _optimizer(variant, model)
         return _Trained(
             model=model,
-            optimizer=_optimizer(run.problem.variant, model),
-            x=torch.as_tensor(run.task.pool[run.task.rows]).to(setting.device, setting.dtype),
+            optimizer=optimizer,
+            scheduler=_scheduler(setting.spec, variant, optimizer),
+            x=x.to(setting.device, setting.dtype).view(-1, *input_shape(variant, setting.in_shape)),
             y=torch.as_tensor(run.task.y, device=setting.device),
         )
 
@@ -85,7 +116,8 @@ class LoopBackend:
         return Report([], model_steps, checking)
 
     def _train(self, run: Run, trained: _Trained, steps: int) -> None:
-        full = run.problem.variant.batch_size == FULL_BATCH
+        variant = run.problem.variant
+        full = variant.batch_size == FULL_BATCH
         batches = None if full else torch.as_tensor(run.batches(steps), device=trained.y.device)
         loss = torch.tensor(torch.nan)
         for step in range(steps):
@@ -93,15 +125,21 @@ class LoopBackend:
             if batches is not None:
                 x, y = x[batches[step]], y[batches[step]]
             trained.optimizer.zero_grad()
-            loss = F.cross_entropy(trained.model(x), y)
+            loss = F.cross_entropy(trained.model(x), y, label_smoothing=variant.label_smoothing)
             loss.backward()
+            if variant.clip:
+                torch.nn.utils.clip_grad_norm_(trained.model.parameters(), variant.clip)
             trained.optimizer.step()
+            if trained.scheduler is not None:
+                trained.scheduler.step()
         run.step += steps
         run.batch_loss = float(loss.detach())
 
     @torch.no_grad()
     def _evaluate(self, trained: _Trained) -> tuple[float, int]:
-        logits = trained.model(trained.x)
+        # Batch normalisation takes its running averages here, not those of the whole set.
+        logits = trained.model.eval()(trained.x)
+        trained.model.train()
         own = logits.gather(1, trained.y[:, None])
         others = logits.scatter(1, trained.y[:, None], -torch.inf)
         right = (own > others).all(1)
@@ -119,4 +157,5 @@ class LoopBackend:
     def parameters(self, state: LoopState, position: int) -> dict[str, np.ndarray]:
         """See ``Backend``."""
         model = state.trained[position].model
-        return {name: p.detach().double().cpu().numpy() for name, p in model.named_parameters()}
+        kept = [*model.named_parameters(), *model.named_buffers()]  # running averages, where there are any
+        return {name: p.detach().double().cpu().numpy() for name, p in kept}

@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fasttrain.backends.base import Report, Run, Setting
+from fasttrain.backends.base import Report, Run, Setting, lacking
 from fasttrain.kernels import native
+from fasttrain.models import is_perceptron
 from fasttrain.models.mlp import layer_sizes
 from fasttrain.spec import FULL_BATCH, Variant
+
+OPTIONS: tuple[str, ...] = ()
+"""Those of ``base.OPTIONS`` that the kernels have."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +46,7 @@ class NativeBackend:
 
     name = "native"
     most_together: int | None = 1
+    in_threads = True
     checks_a_turn = 1
 
     def __init__(self, setting: Setting) -> None:
@@ -49,7 +54,6 @@ class NativeBackend:
         self._dtype = np.dtype(str(setting.dtype).removeprefix("torch."))
         self._library = native.library(self._dtype.name)
         self._scratch = threading.local()
-        self._shared: tuple[np.ndarray, np.ndarray] | None = None
 
     def init(self, runs: Sequence[Run]) -> NativeState:
         """See ``Backend``."""
@@ -110,7 +114,7 @@ class NativeBackend:
 
     def _model(self, run: Run) -> _Model:
         variant = run.problem.variant
-        pool = self._pool(run.task.pool)
+        pool = run.task.standardised(self._dtype)
         rows, labels = (np.ascontiguousarray(a, dtype=np.int64) for a in (run.task.rows, run.task.y))
         struct = native.Model(
             features=self._setting.features,
@@ -137,13 +141,6 @@ class NativeBackend:
         self._library.pack(ctypes.byref(struct), flat.ctypes.data)
         return _Model(struct, params, state, (pool, rows, labels))
 
-    def _pool(self, inputs: np.ndarray) -> np.ndarray:
-        """The inputs in the working precision: once where runs share them."""
-        shared = self._shared
-        if shared is None or shared[0] is not inputs:
-            shared = self._shared = (inputs, np.ascontiguousarray(inputs, dtype=self._dtype))
-        return shared[1]
-
     def _space(self, struct: native.Model) -> int:
         """Address of this thread's scratch memory, which grows as models ask for it."""
         size = self._library.scratch_size(ctypes.byref(struct))
@@ -156,10 +153,12 @@ def unavailable(setting: Setting, variant: Variant) -> str | None:
     """Why this backend cannot train a variant here, or None if it can."""
     if setting.device.type != "cpu":
         return "it runs on a CPU only"
+    if not is_perceptron(variant):
+        return f"it has no architecture {variant.arch}"
     if _activation(variant) not in native.ACTIVATIONS:
         return f"it has no activation {variant.activation}"
-    if variant.optimizer not in native.OPTIMIZERS:
-        return f"it has no optimizer {variant.optimizer}"
+    if (missing := lacking(variant, native.OPTIMIZERS, OPTIONS)) is not None:
+        return missing
     try:
         native.library(str(setting.dtype).removeprefix("torch."))
     except native.Unavailable as error:

@@ -5,12 +5,13 @@ import torch
 from fasttrain.backends.base import Setting
 from fasttrain.backends.vmap import VmapBackend, VmapState
 from fasttrain.kernels import reference
+from fasttrain.models import is_perceptron
 from fasttrain.spec import Variant
 
 
 def carries(variant: Variant) -> bool:
     """Whether there is a derivative for what a variant asks for."""
-    return variant.depth == 0 or variant.activation in reference.ACTIVATIONS
+    return is_perceptron(variant) and (variant.depth == 0 or variant.activation in reference.ACTIVATIONS)
 
 
 class _Space:
@@ -41,6 +42,7 @@ class StackedBackend(VmapBackend):
     """``Backend`` for multilayer perceptrons; stacks runs as ``VmapBackend`` does, and differs in the gradient."""
 
     name = "stacked"
+    _keeps_pixels = False  # its own gather writes into memory of the working type
 
     def __init__(self, setting: Setting, variant: Variant) -> None:
         super().__init__(setting, variant)
@@ -58,6 +60,8 @@ class StackedBackend(VmapBackend):
         space, stack = self._memory(weight), state.stack
         torch.index_select(state.pool, 0, rows.reshape(-1), out=space.x.view(-1, space.x.shape[-1]))
         torch.eq(labels[:, None, :], self._classes, out=space.onehot)
+        if smoothing := self._variant.label_smoothing:
+            space.onehot.mul_(1 - smoothing).add_(smoothing / self._variant.classes)
         target = stack.grads if into is None else into
         return self._pass(stack.params, target, space.x, space.onehot, weight, add=into is not None)
 

@@ -7,14 +7,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fasttrain.backends.base import Report, Run, Setting
+from fasttrain.backends.base import Report, Run, Setting, lacking
 from fasttrain.kernels import fused
 from fasttrain.kernels.configurations import Configuration, configuration, width_class
+from fasttrain.models import is_perceptron
 from fasttrain.spec import FULL_BATCH, Variant
 from fasttrain.stopping import PLATEAU_AFTER, PLATEAU_RATIO
 
 PRODUCTS = {"auto": "ieee", "float32": "ieee", "float64": "ieee", "bf16x3": "bf16x3", "tf32": "tf32", "bf16": "bf16"}
 """What the products are made of, by the precision of a spec."""
+OPTIONS = ("weight decay",)
+"""Those of ``base.OPTIONS`` that the kernels have; clipping needs the whole gradient before any of it is used."""
 
 
 @dataclass(slots=True, eq=False)
@@ -34,10 +37,12 @@ class TritonBackend:
 
     name = "triton"
     most_together: int | None = None
+    in_threads = False
     checks_a_turn = 4
 
     def __init__(self, setting: Setting, variant: Variant) -> None:
         self._setting = setting
+        self._numpy_type = np.dtype(str(setting.dtype).removeprefix("torch."))
         rules = setting.spec
         self._shape = fused.Shape(
             features=setting.features,
@@ -107,11 +112,11 @@ class TritonBackend:
         drawn = list(run.initial_weights(self._setting).values())
         return fused.Model(
             width=variant.width,
-            inputs=run.task.pool,
+            inputs=run.task.standardised(np.float64 if run.task.shift is None else self._numpy_type),
             rows=run.task.rows,
             labels=run.task.y,
             key=run.key,
-            rates=(variant.lr, variant.momentum, 0.0),
+            rates=(variant.lr, variant.momentum, variant.weight_decay),
             weights=list(zip(drawn[::2], drawn[1::2], strict=True)),
         )
 
@@ -138,10 +143,12 @@ def unavailable(setting: Setting, variant: Variant) -> str | None:
     """Why this backend cannot train a variant here, or None if it can."""
     if setting.device.type != "cuda" and not fused.INTERPRETED:
         return "it needs a CUDA device"
+    if not is_perceptron(variant):
+        return f"it has no architecture {variant.arch}"
     if _activation(variant) not in fused.ACTIVATIONS:
         return f"it has no activation {variant.activation}"
-    if variant.optimizer not in fused.OPTIMIZERS:
-        return f"it has no optimizer {variant.optimizer}"
+    if (missing := lacking(variant, fused.OPTIMIZERS, OPTIONS)) is not None:
+        return missing
     for what, size, most in (
         ("width", variant.width, fused.MOST_WIDTH),
         ("number of classes", variant.classes, fused.MOST_CLASSES),

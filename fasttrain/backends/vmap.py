@@ -2,27 +2,30 @@
 
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch.func import functional_call, grad_and_value, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fasttrain.activations import ACTIVATIONS
 from fasttrain.backends.base import Report, Run, Setting
 from fasttrain.ensemble import Layout, Stack, padded_index
 from fasttrain.kernels.reference import cross_entropy, strictly_right
-from fasttrain.models import MLP
-from fasttrain.optim import OPTIMIZERS, Optimizer
+from fasttrain.models import build, elementwise_sizes, input_shape, is_perceptron, sample_elements
+from fasttrain.optim import OPTIMIZERS, Optimizer, Rates, make_optimizer
 from fasttrain.spec import FULL_BATCH, Variant
 
 _CHUNK = 128  # samples a pass over a whole training set takes at once; a constant, so that no bit depends on the others
 # Elements of a hidden layer that a model must fill for an approximated activation to treat it alike wherever it lies:
 # two AVX-512 registers of float32 for each of two threads (docs/decisions/0002-bitwise-on-cpu.md).
 _WHOLE = 64
+_MODELS = 4  # of a family with costly steps that one recorded graph takes: recording one for every number takes seconds
+_RECORDING = threading.Lock()  # torch patches itself while it records
 _PASS_BYTES = 64 * 2**20  # inputs and activations of one pass
 
 
@@ -43,7 +46,8 @@ class VmapState:
 
     runs: list[Run]
     stack: Stack
-    pool: torch.Tensor  # [R, I], the inputs of all runs
+    pool: torch.Tensor  # [R, I], the inputs of all runs; pixels as they are where all runs share them
+    affine: tuple[torch.Tensor, torch.Tensor] | None  # what to subtract from pixels and multiply them with, float64 [I]
     offsets: list[int]  # where each run's own pool starts in it
     chunks: list[_Chunk]
     clock: int = field(default=0)
@@ -53,26 +57,36 @@ class VmapBackend:
     """``Backend`` with torch.func; makes one bucket's states only."""
 
     name = "vmap"
+    _keeps_pixels = True
     most_together: int | None = None
+    in_threads = False
     checks_a_turn = 1
 
     def __init__(self, setting: Setting, variant: Variant) -> None:
         self._setting = setting
         self._variant = variant
         self._full = variant.batch_size == FULL_BATCH
-        self._spare_rows = -variant.batch_size % _row_multiple(variant)
+        self._spare_rows = -variant.batch_size % _row_multiple(variant, setting.in_shape)
         self._fused = _kernels_run(setting.device, variant.classes)
-        self._optimizer = _fused_optimizer(variant.optimizer) if self._fused else OPTIMIZERS[variant.optimizer]
-        self._model = MLP(variant, setting.features).to(setting.device, setting.dtype)
+        self._model = build(variant, setting.in_shape, batched=True).to(setting.device, setting.dtype)
+        self.in_threads = setting.device.type == "cpu" and not is_perceptron(variant)
+        self._at_once = _MODELS if self.in_threads else None
+        self._input = input_shape(variant, setting.in_shape)
+        self._elements = sample_elements(variant, setting.in_shape)
         self._layout = Layout({name: tuple(p.shape) for name, p in self._model.named_parameters()})
+        made = _fused_optimizer if self._fused else make_optimizer
+        self._optimizer = made(variant, self._layout, setting.spec.steps)
         self._eye = torch.eye(variant.classes, device=setting.device, dtype=setting.dtype)
+        smoothing = variant.label_smoothing
+        self._targets = self._eye * (1 - smoothing) + smoothing / variant.classes if smoothing else self._eye
         self._graphs: dict[tuple[str, int], Callable[..., torch.Tensor]] = {}
-        self._shared: tuple[np.ndarray, torch.Tensor] | None = None
+        self._numpy_type = np.dtype(str(setting.dtype).removeprefix("torch."))
+        self._shared: tuple[list[np.ndarray], torch.Tensor] | None = None
 
     def init(self, runs: Sequence[Run]) -> VmapState:
         """See ``Backend``."""
         rows = np.stack([self._layout.pack(run.initial_weights(self._setting)) for run in runs])
-        stack = Stack.of(self._tensor(rows), len(self._optimizer.state_names))
+        stack = Stack.of(self._tensor(rows), self._optimizer.state_sizes)
         return self._state(list(runs), stack.take(range(len(runs))), clock=0)
 
     def select(self, state: VmapState, keep: Sequence[int]) -> VmapState:
@@ -113,25 +127,35 @@ class VmapBackend:
         return torch.as_tensor(values).to(self._setting.device, self._setting.dtype)
 
     def _state(self, runs: list[Run], stack: Stack, clock: int) -> VmapState:
-        pool, offsets = self._pool(runs)
-        return VmapState(runs, stack, pool, offsets, self._chunks(runs, offsets), clock)
+        first = runs[0].task
+        shared = all(run.task.pool is first.pool and run.task.shift is first.shift for run in runs)
+        affine = None
+        if self._keeps_pixels and shared and first.shift is not None and first.scale is not None:
+            device = self._setting.device
+            affine = torch.as_tensor(first.shift, device=device), torch.as_tensor(first.scale, device=device)
+        pool, offsets = self._pool(runs, pixels=affine is not None)
+        return VmapState(runs, stack, pool, affine, offsets, self._chunks(runs, offsets), clock)
 
-    def _pool(self, runs: list[Run]) -> tuple[torch.Tensor, list[int]]:
-        """The inputs of all runs: the data set once where they share it, their own one after the other if not."""
-        first = runs[0].task.pool
-        if all(run.task.pool is first for run in runs):
-            if self._shared is None or self._shared[0] is not first:
-                self._shared = (first, self._tensor(first))
-            return self._shared[1], [0] * len(runs)
-        self._shared = None
-        offsets = np.cumsum([0, *(len(run.task.pool) for run in runs)])
-        return self._tensor(np.concatenate([run.task.pool for run in runs])), offsets[:-1].tolist()
+    def _pool(self, runs: list[Run], pixels: bool) -> tuple[torch.Tensor, list[int]]:
+        """The inputs of all runs, one array after the other, each once, and where those of each run start."""
+        arrays = [run.task.pool if pixels else run.task.standardised(self._numpy_type) for run in runs]
+        different = list({id(array): array for array in arrays}.values())
+        starts = np.cumsum([0, *map(len, different)]).tolist()
+        at = {id(array): start for array, start in zip(different, starts, strict=False)}
+        offsets = [at[id(array)] for array in arrays]
+        shared = self._shared
+        if shared is not None and list(map(id, shared[0])) == list(map(id, different)):
+            return shared[1], offsets
+        joined = different[0] if len(different) == 1 else np.concatenate(different)
+        pool = torch.as_tensor(joined).to(self._setting.device) if pixels else self._tensor(joined)
+        # Where each run has inputs of its own, the next state has others.
+        self._shared = (different, pool) if len(different) < len(runs) or len(runs) == 1 else None
+        return pool, offsets
 
     def _chunks(self, runs: list[Run], offsets: list[int]) -> list[_Chunk]:
         """The whole training sets in passes of _CHUNK samples, each over the models that have so many."""
-        device, variant = self._setting.device, self._variant
-        widest = max(self._setting.features, variant.width, variant.classes)
-        models = max(2, _PASS_BYTES // (_CHUNK * widest * (variant.depth + 3) * 8))
+        device = self._setting.device
+        models = self._at_once or max(2, _PASS_BYTES // (_CHUNK * self._elements * 8))
         chunks = []
         for start in range(0, max(run.probe.n for run in runs), _CHUNK):
             having = [i for i, run in enumerate(runs) if run.probe.n > start]
@@ -144,6 +168,7 @@ class VmapBackend:
                 for k, i in enumerate(index.tolist()):
                     own = runs[i].task
                     some = own.rows[start : start + _CHUNK]
+                    rows[k] = offsets[i] + own.rows[0]  # padding of its own: it weighs nothing, but 0 times inf is NaN
                     rows[k, : len(some)] = offsets[i] + some
                     labels[k, : len(some)] = own.y[start : start + _CHUNK]
                     weight[k, : len(some)] = 1.0 / runs[i].probe.n
@@ -152,10 +177,15 @@ class VmapBackend:
                 chunks.append(_Chunk(positions, index, where, label, self._tensor(weight)))
         return chunks
 
-    def _gather(self, state: VmapState, rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs [E, B, I] and one-hot labels [E, B, C] at rows and labels [E, B]."""
+    def _gather(
+        self, state: VmapState, rows: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs [E, B, I] and rows [E, B, C] of ``targets`` [C, C] at rows and labels [E, B]."""
         x = state.pool.index_select(0, rows.reshape(-1)).view(*rows.shape, -1)
-        onehot = self._eye.index_select(0, labels.reshape(-1)).view(*labels.shape, -1)
+        if state.affine is not None:
+            # In float64 and rounded once, as a pool that is standardised beforehand: the same bits in any company.
+            x = x.double().sub_(state.affine[0]).mul_(state.affine[1]).to(self._setting.dtype)
+        onehot = targets.index_select(0, labels.reshape(-1)).view(*labels.shape, -1)
         return x, onehot
 
     def _train(self, state: VmapState, steps: int) -> None:
@@ -197,7 +227,7 @@ class VmapBackend:
         into: torch.Tensor | None,
     ) -> torch.Tensor:
         """The gradient over minibatches, into the stack's or added to what is given; the losses [E]."""
-        x, onehot = self._gather(state, rows, labels)
+        x, onehot = self._gather(state, rows, labels, self._targets)
         loss = self._gradient(state.stack.params, state.stack.grads, x, onehot, weight)
         if into is not None:
             into.add_(state.stack.grads)
@@ -210,9 +240,8 @@ class VmapBackend:
     def _coefficients(self, models: list[Run], steps: int) -> list[torch.Tensor]:
         """The optimizer's coefficients of the coming steps, each [S, E, 1]."""
         begun = torch.tensor([run.step for run in models])
-        lr = torch.tensor([run.problem.variant.lr for run in models], dtype=torch.float64)
-        momentum = torch.tensor([run.problem.variant.momentum for run in models], dtype=torch.float64)
-        tables = self._optimizer.tables(begun + torch.arange(1, steps + 1)[:, None], lr, momentum)
+        rates = Rates.of(run.problem.variant for run in models)
+        tables = self._optimizer.tables(begun + torch.arange(1, steps + 1)[:, None], rates)
         return [t.to(self._setting.device, self._setting.dtype)[:, :, None] for t in tables]
 
     def _full_gradient(self, state: VmapState) -> torch.Tensor:
@@ -221,7 +250,7 @@ class VmapBackend:
         stack.grads.zero_()
         losses = torch.zeros(len(stack.params), device=stack.params.device, dtype=stack.params.dtype)
         for chunk in state.chunks:
-            x, onehot = self._gather(state, chunk.rows, chunk.labels)
+            x, onehot = self._gather(state, chunk.rows, chunk.labels, self._targets)
             some = stack.params[chunk.index]
             grads = torch.zeros_like(some)
             loss = self._gradient(some, grads, x, onehot, chunk.weight)
@@ -237,7 +266,7 @@ class VmapBackend:
         losses = torch.zeros(len(state.runs), dtype=torch.float64, device=device)
         wrong = torch.zeros(len(state.runs), dtype=torch.float64, device=device)
         for chunk in state.chunks:
-            x, onehot = self._gather(state, chunk.rows, chunk.labels)
+            x, onehot = self._gather(state, chunk.rows, chunk.labels, self._eye)
             found = self._traced("check", self._check, state.stack.params[chunk.index], x, onehot, chunk.weight)
             count = len(chunk.positions)
             losses.index_add_(0, chunk.index[:count], found[0, :count])
@@ -245,14 +274,24 @@ class VmapBackend:
         return losses.tolist(), wrong.tolist()
 
     def _gradient(self, *args: torch.Tensor) -> torch.Tensor:
-        function = self._loss_and_fused_gradient if self._fused else self._loss_and_gradient
-        return self._traced("gradient", function, *args)
+        one_hot = self._targets is self._eye  # the fused head knows no other targets
+        function = self._loss_and_fused_gradient if self._fused and one_hot else self._loss_and_gradient
+        models, most = len(args[0]), self._at_once
+        if most is None or models <= most:
+            return self._traced("gradient", function, *args)
+        losses = args[0].new_empty(models)
+        for begin in range(0, models, most):
+            # The last ones overlap with those before, whose gradient is the same again.
+            some = slice(min(begin, models - most), min(begin + most, models))
+            losses[some] = self._traced("gradient", function, *(arg[some] for arg in args))
+        return losses
 
     def _traced(self, name: str, function: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
         """The function through a graph recorded at its first call with so many models (vmap's own layer is slow)."""
         key = (name, *args[-1].shape)
         if key not in self._graphs:
-            self._graphs[key] = _tidy(make_fx(lambda *a: function(*a))(*args))
+            with _RECORDING:
+                self._graphs[key] = _tidy(make_fx(lambda *a: function(*a))(*args))
         return self._graphs[key](*args)
 
     def _loss_and_gradient(
@@ -264,7 +303,7 @@ class VmapBackend:
         weight: torch.Tensor,
     ) -> torch.Tensor:
         def loss(p: dict, x: torch.Tensor, onehot: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            return (cross_entropy(functional_call(self._model, p, (x,)), onehot) * weight).sum()
+            return (cross_entropy(self._one(p, x), onehot) * weight).sum()
 
         found, losses = vmap(grad_and_value(loss))(self._layout.views(params), x, onehot, weight)
         for name, view in self._layout.views(grads).items():
@@ -288,10 +327,11 @@ class VmapBackend:
         return losses
 
     def _logits(self, p: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        def one(p: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-            return functional_call(self._model, p, (x,))
+        return vmap(self._one)(p, x)
 
-        return vmap(one)(p, x)
+    def _one(self, p: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Logits [B, C] of one model's inputs [B, I]."""
+        return functional_call(self._model, p, (x.unflatten(-1, self._input),))
 
     def _check(self, params: torch.Tensor, x: torch.Tensor, onehot: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = self._logits(self._layout.views(params), x)
@@ -315,28 +355,33 @@ def _kernels_run(device: torch.device, classes: int) -> bool:
     return classes <= rows.MOST_CLASSES
 
 
-def _fused_optimizer(name: str) -> Optimizer:
-    """The optimizer with its update in one kernel; the same bits."""
+_FUSED_RULES = {"sgd": "sgd", "adam": "adam", "adamw": "adam"}  # AdamW decays first, and then steps as Adam
+
+
+def _fused_optimizer(variant: Variant, layout: Layout, budget: int) -> Optimizer:
+    """The optimizer with its rule in one kernel where there is one; the same bits."""
+    if variant.optimizer not in _FUSED_RULES or variant.nesterov:
+        return make_optimizer(variant, layout, budget)
     from fasttrain.kernels import rows
 
-    class Fused(type(OPTIMIZERS[name])):  # type: ignore[misc]
+    plain: Any = OPTIMIZERS[variant.optimizer]
+
+    class Fused(plain):
         def accumulator(self, state: list[torch.Tensor], row: list[torch.Tensor]) -> None:
             """None: the kernel reads the gradient."""
 
-        def update(
+        def rule(
             self, params: torch.Tensor, grads: torch.Tensor, state: list[torch.Tensor], row: list[torch.Tensor]
         ) -> None:
             """One step."""
-            rows.update(name, params, grads, state, row)
+            rows.update(_FUSED_RULES[variant.optimizer], params, grads, state, row)
 
-    return Fused()
+    return Fused(variant, layout, budget)
 
 
-def _row_multiple(variant: Variant) -> int:
+def _row_multiple(variant: Variant, in_shape: tuple[int, ...]) -> int:
     """What the rows of a minibatch are filled up to a multiple of."""
-    if variant.depth == 0 or ACTIVATIONS[variant.activation].exact:
-        return 1
-    return _WHOLE // math.gcd(variant.width, _WHOLE)
+    return math.lcm(1, *(_WHOLE // math.gcd(size, _WHOLE) for size in elementwise_sizes(variant, in_shape)))
 
 
 def _tidy(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:

@@ -2,11 +2,9 @@
 
 import itertools
 
-import numpy as np
 import torch
 
 from fasttrain.activations import ACTIVATIONS
-from fasttrain.sampling import Purpose, generator
 from fasttrain.spec import Variant
 
 
@@ -25,7 +23,7 @@ def parameter_count(variant: Variant, features: int) -> int:
 
 
 class MLP(torch.nn.Module):
-    """Inputs [..., I] to logits [..., C]; the weights are not drawn, see ``draw_weights``."""
+    """Inputs [..., I] to logits [..., C]; the weights are not drawn, see ``models.draw_weights``."""
 
     def __init__(self, variant: Variant, features: int) -> None:
         super().__init__()
@@ -46,18 +44,3 @@ class MLP(torch.nn.Module):
 def activation(name: str) -> torch.nn.Module:
     """The torch module of an activation."""
     return getattr(torch.nn, ACTIVATIONS[name].module)()
-
-
-def draw_weights(variant: Variant, features: int, *, scan_seed: int, seed: int, n: int) -> dict[str, np.ndarray]:
-    """Initial parameters of one run, float64, by parameter name.
-
-    Weights are N(0, gain^2 / fan_in) with the gain of the activation (He et al. 2015 for the ReLU-like ones; 1
-    otherwise and for the linear classifier), biases are zero. The last layer takes the same gain as the others.
-    """
-    rng = generator(scan_seed, seed, n, Purpose.WEIGHTS)
-    gain = 1.0 if variant.depth == 0 else ACTIVATIONS[variant.activation].gain
-    out: dict[str, np.ndarray] = {}
-    for layer, (fan_in, fan_out) in enumerate(layer_sizes(variant, features)):
-        out[f"layers.{layer}.weight"] = rng.standard_normal((fan_out, fan_in)) * (gain / fan_in**0.5)
-        out[f"layers.{layer}.bias"] = np.zeros(fan_out)
-    return out

@@ -5,6 +5,7 @@ import torch
 
 from fasttrain.backends import make_backend
 from fasttrain.backends.base import Run, Setting
+from fasttrain.data import describe
 from fasttrain.records import Probe, Problem
 from fasttrain.spec import ScanSpec
 
@@ -21,7 +22,7 @@ class Bench:
         fields = {"check_every": 100, "data": f"gaussian:{features}", "seed": 5, **fields}
         self.spec = ScanSpec(**fields)
         self.variants = self.spec.variants(10)
-        self.setting = Setting(self.spec, features, torch.device(device), dtype)
+        self.setting = Setting(self.spec, features, torch.device(device), dtype, describe(self.spec.data).shape)
         self.backend = make_backend(backend, self.setting, self.variants[0])
         self.ns = ns
 
@@ -47,3 +48,15 @@ class Bench:
                 keep = [i for i in range(len(state.runs)) if i not in gone]
                 state = self.backend.select(state, keep) if keep else None
         return state, results
+
+    def walk(self, steps: int, nudge: float = 0.0) -> tuple[np.ndarray, np.ndarray, list[Run]]:
+        """All runs step by step, inputs times 1 + ``nudge``: minibatch losses [S, E], parameters [E, P], runs."""
+        runs = self.runs(range(len(self.ns)))
+        for run in runs:
+            run.task = type(run.task)(run.task.pool * (1 + nudge), run.task.rows, run.task.y)
+        state = self.backend.init(runs)
+        losses = []
+        for step in range(1, steps + 1):
+            self.backend.run(state, step)
+            losses.append([run.batch_loss for run in state.runs])
+        return np.array(losses), np.stack([self.parameters(state, i) for i in range(len(runs))]), runs

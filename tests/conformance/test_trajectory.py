@@ -63,17 +63,8 @@ def walk(backend: str, fields: dict, dtype: torch.dtype, nudge: float):
     """Per-step minibatch losses [S, E] and final parameters of all runs, none of which is stopped early."""
     # A check interval beyond the budget: no run leaves, however well it fits.
     fields = {"widths": 9, "batch_size": 16, "classes": 4, "steps": 10_000, **fields, "check_every": 10_000}
-    bench = Bench(backend, NS, dtype, **fields)
-    runs = bench.runs(range(len(NS)))
-    for run in runs:
-        run.task = type(run.task)(run.task.pool * (1 + nudge), run.task.rows, run.task.y)
-    state = bench.backend.init(runs)
-    losses = []
-    for step in range(1, STEPS + 1):
-        bench.backend.run(state, step)
-        losses.append([run.batch_loss for run in state.runs])
-    finals = np.stack([bench.parameters(state, i) for i in range(len(NS))])
-    return np.array(losses), finals
+    losses, finals, _ = Bench(backend, NS, dtype, **fields).walk(STEPS, nudge)
+    return losses, finals
 
 
 def largest(a: np.ndarray, b: np.ndarray) -> np.ndarray:

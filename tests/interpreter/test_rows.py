@@ -1,19 +1,25 @@
 """The fused head and update of the vmap path: against float64 references, the update bit for bit torch's."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from harness import Bench
 
+from fasttrain import ScanSpec
+from fasttrain.backends import vmap as vmap_module
+from fasttrain.ensemble import Layout
 from fasttrain.kernels import reference, rows
-from fasttrain.optim import OPTIMIZERS
+from fasttrain.optim import Rates, make_optimizer
 
 NAN = float("nan")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_the_update_has_the_bits_of_optim(name, dtype, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "clip": 0.5, "schedule": "cosine"}], ids=["", "all"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_the_update_has_the_bits_of_optim(name, options, dtype, monkeypatch):
     """Sizes that are no multiple of a block, models with rates of their own, over a few steps.
 
     The root is numpy's: that of torch on a CPU comes from MKL, which rounds some of them the other way.
@@ -21,17 +27,22 @@ def test_the_update_has_the_bits_of_optim(name, dtype, monkeypatch):
     monkeypatch.setattr(torch, "sqrt", lambda t, out: out.copy_(torch.as_tensor(np.sqrt(t.numpy()))))
     rng = torch.Generator().manual_seed(3)
     models, size = 3, rows.BLOCK + 77
-    optimizer = OPTIMIZERS[name]
+    (plain,) = ScanSpec(widths=4).variants(10)
+    variant = dataclasses.replace(plain, optimizer=name, **options)
+    layout = Layout({"weight": (size,)})
+    layout.size = size
+    fused, optimizer = (make(variant, layout, 9) for make in (vmap_module._fused_optimizer, make_optimizer))
+    assert type(fused) is not type(optimizer)
     params = torch.randn(models, size, generator=rng).to(dtype)
     own, state = params.clone(), [torch.zeros(models, size, dtype=dtype) for _ in optimizer.state_names]
     theirs, other = params.clone(), [tensor.clone() for tensor in state]
-    lr = torch.tensor([0.1, 0.003, 1.0], dtype=torch.float64)
-    momentum = torch.tensor([0.9, 0.0, 0.5], dtype=torch.float64)
-    tables = optimizer.tables(torch.arange(1, 4)[:, None].expand(3, models), lr, momentum)
+    rates = Rates(*(torch.tensor(row).double() for row in ([0.1, 0.003, 1.0], [0.9, 0.0, 0.5], [0.1, 0.0, 1.0])))
+    tables = optimizer.tables(torch.arange(1, 4)[:, None].expand(3, models), rates)
     for step in range(3):
         grads = torch.randn(models, size, generator=rng).to(dtype)
         row = [table[step].to(dtype)[:, None] for table in tables]
-        rows.update(name, own, grads.clone(), state, row)
+        assert fused.accumulator(state, row) is None
+        fused.update(own, grads.clone(), state, row)
         into = optimizer.accumulator(other, row)
         if into is not None:
             into.add_(grads)
@@ -96,7 +107,17 @@ def test_what_is_not_finite_stays_with_its_model():
         assert torch.isfinite(found[:, [0, 2]]).all()
 
 
-@pytest.mark.parametrize("fields", [{"optimizer": "adam"}, {"optimizer": "sgd", "batch_size": "full"}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"optimizer": "adam"},
+        {"optimizer": "sgd", "batch_size": "full"},
+        {"optimizer": "adamw", "weight_decay": 0.1, "clip": 0.5, "label_smoothing": 0.1, "warmup": 3},
+        {"optimizer": "sgd", "nesterov": True},
+        {"optimizer": "shampoo"},
+    ],
+    ids=str,
+)
 def test_vmap_with_them_follows_the_oracle(fields):
     """The recorded graph with the fused head, and the fused update, in float64; losses, parameters and a check."""
     found = {}

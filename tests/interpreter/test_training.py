@@ -12,7 +12,6 @@ from fasttrain import ScanSpec, UserError, scan
 from fasttrain.backends import choose, make_backend, together
 from fasttrain.backends import triton as backend_module
 from fasttrain.backends.base import Setting
-from fasttrain.optim import OPTIMIZERS
 
 # Both below and above the batch size of 16, no multiple of a block; widths on both sides of a block of 16 units.
 WIDTHS, NS = (3, 16, 1), (40, 5, 70)
@@ -23,6 +22,8 @@ CASES = [
     {"depths": 3, "optimizer": "sgd", "activation": "tanh", "batch_size": "full"},
     {"depths": 4, "optimizer": "sgd", "activation": "sigmoid"},
     {"depths": 1, "optimizer": "adam", "widths": 17},
+    {"depths": 1, "optimizer": "adamw", "weight_decay": 0.5},
+    {"depths": 1, "optimizer": "sgd", "weight_decay": 0.5, "batch_size": "full"},
 ]
 
 
@@ -186,12 +187,14 @@ def test_what_the_kernels_do_not_carry_is_said_in_a_line():
     for fields, words in (
         ({"widths": 1025}, "largest width is 1,024"),
         ({"classes": 1025}, "largest number of classes"),
+        ({"optimizer": "muon"}, "it has no optimizer muon"),
+        ({"clip": 1.0}, "it has no gradient clipping"),
     ):
         spec = ScanSpec(data="gaussian:7", backend="triton", **fields)
         setting = Setting(spec, 7, torch.device("cpu"), torch.float32)
         with pytest.raises(UserError, match=words):
             choose("triton", setting, spec.variants(10)[0])
-    assert set(OPTIMIZERS) <= set(backend_module.fused.OPTIMIZERS)
+    assert set(backend_module.fused.OPTIMIZERS) == {"sgd", "adam", "adamw"}
     assert set(backend_module.PRODUCTS.values()) == set(backend_module.fused.PRECISIONS)
 
 

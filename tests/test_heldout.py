@@ -1,0 +1,183 @@
+"""Held-out accuracy, weights that are kept, and runs made again."""
+
+import dataclasses
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import fasttrain
+from fasttrain import ScanSpec, UserError
+from fasttrain.cli import main
+from fasttrain.data import check, test_set
+from fasttrain.models import build
+from fasttrain.models.matching import matched
+
+SPECS = {
+    "native": ScanSpec(widths=(6, 20), labels="true,random", steps=400, max_probes=8, n_max=200),
+    "cnn": ScanSpec(arch="cnn", widths=8, labels="corrupted:0.1", steps=400, check_every=50, max_probes=5, n_max=24),
+    "loop": ScanSpec(
+        arch="cnn", norm="batch", widths=6, labels="true", inputs="shuffled", steps=300, max_probes=5, n_max=24
+    ),
+    "float64": ScanSpec(arch="vit", widths=4, labels="true", steps=300, max_probes=4, n_max=16, precision="float64"),
+}
+
+
+@pytest.fixture(scope="module", params=SPECS)
+def kept(request, tmp_path_factory):
+    """A scan that kept its weights, and its file."""
+    path = tmp_path_factory.mktemp("kept") / f"{request.param}.h5"
+    return fasttrain.scan(SPECS[request.param], out=path, save_weights=True), path
+
+
+def test_the_accuracy_is_that_of_the_kept_weights_on_what_was_held_out(kept):
+    results, _ = kept
+    spec = results.spec
+    info = check(spec)
+    fitted = results.probes[results.probes["outcome"] == "fitted"]
+    assert len(fitted) >= 2
+    seen = set()
+    for row in fitted.itertuples():
+        (variant,) = [v for v in spec.variants(10) if (v.width, v.labels) == (row.width, row.labels)]
+        if row.labels == "random":
+            assert np.isnan(row.test_accuracy)
+            continue
+        x, y = test_set(spec, row.labels, row.inputs, 10)
+        assert len(y) == 359
+        module = build(variant, info.shape).double().eval()
+        missing, unexpected = module.load_state_dict(
+            {name: torch.as_tensor(w) for name, w in results.weights(row.probe).items()}, strict=False
+        )
+        assert not unexpected
+        assert all(name.endswith("num_batches_tracked") for name in missing)
+        with torch.no_grad():
+            logits = module(torch.as_tensor(x).view(-1, *((64,) if variant.arch == "mlp" else info.shape)))
+        # A logit in float32 may change places with one that is as large to rounding.
+        assert abs((logits.argmax(1).numpy() == y).mean() - row.test_accuracy) <= 1 / len(y)
+        seen.add(row.test_accuracy)
+    assert not seen or max(seen) > 0.15  # better than chance
+    failed = results.probes[results.probes["outcome"] != "fitted"]
+    assert failed["test_accuracy"].isna().all()
+
+
+def test_weights_are_in_the_file_for_fitted_runs_only(kept):
+    results, path = kept
+    loaded = fasttrain.load(path)
+    for row in results.probes.itertuples():
+        if row.outcome != "fitted":
+            with pytest.raises(UserError, match="were not kept"):
+                loaded.weights(row.probe)
+            continue
+        with h5py.File(path) as file:
+            stored = {name: data[()] for name, data in file[f"weights/{row.probe}"].items()}
+        found = loaded.weights(row.probe)
+        assert found.keys() == stored.keys()
+        for name, values in found.items():
+            np.testing.assert_array_equal(values, stored[name])
+        assert sum(v.size for k, v in found.items() if "running" not in k and "tracked" not in k) == row.params
+
+
+def test_a_run_made_again_is_the_same_to_the_bit(kept):
+    results, path = kept
+    for outcome in sorted(set(results.probes["outcome"])):
+        probe = int(results.probes.index[results.probes["outcome"] == outcome][-1])
+        again = fasttrain.rerun(path, probe)
+        assert again.differs == ()
+        assert again.history.equals(results.history(probe))
+        if outcome == "fitted":
+            for name, values in results.weights(probe).items():
+                np.testing.assert_array_equal(again.result.weights[name], values)
+
+
+def test_what_differs_from_the_file_is_named(kept):
+    _, path = kept
+    loaded = fasttrain.load(path)
+    loaded.probes.loc[0, "train_loss"] += 1e-9
+    assert fasttrain.rerun(loaded, 0).differs == ("train_loss",)
+
+
+def test_without_being_asked_nothing_is_kept(tmp_path):
+    results = fasttrain.scan(dataclasses.replace(SPECS["native"], max_probes=3), out=tmp_path / "no.h5")
+    with h5py.File(tmp_path / "no.h5") as file:
+        assert "weights" not in file
+    with pytest.raises(UserError, match="were not kept"):
+        results.weights(0)
+
+
+def test_rerun_from_the_command_line(tmp_path, capsys):
+    path = str(tmp_path / "x.h5")
+    fasttrain.scan(dataclasses.replace(SPECS["native"], max_probes=3), out=path)
+    assert main(["rerun", path, "--probe", "0"]) == 0
+    assert "the same as in the file" in capsys.readouterr().out
+    for probe, said in (("-1", "index of a run"), ("x", "index of a run"), ("10000", "no such probe")):
+        assert main(["rerun", path, "--probe", probe]) == 2
+        out, err = capsys.readouterr()
+        assert not out
+        assert said in err
+        assert err.count("\n") == 1
+        assert f"--probe {probe}" in err
+
+
+def test_another_generator_is_refused(tmp_path):
+    path = tmp_path / "x.h5"
+    fasttrain.scan(dataclasses.replace(SPECS["native"], max_probes=3), out=path)
+    with h5py.File(path, "a") as file:
+        file.attrs["generator_digest"] = "another"
+    with pytest.raises(UserError, match="draws other random numbers"):
+        fasttrain.rerun(path, 0)
+
+
+def test_other_data_or_sources_are_refused(tmp_path):
+    path = tmp_path / "mine.csv"
+    rng = np.random.default_rng(0)
+    lines = [",".join([*(f"{v:.3f}" for v in rng.standard_normal(3)), str(k % 2)]) for k in range(40)]
+    path.write_text("a,b,c,label\n" + "\n".join(lines) + "\n")
+    spec = ScanSpec(data=str(path), widths=3, steps=100, max_probes=3, n_max=8)
+    results = fasttrain.scan(spec, out=tmp_path / "x.h5")
+    assert fasttrain.rerun(results, 0).differs == ()
+    path.write_text("a,b,c,label\n" + "\n".join(reversed(lines)) + "\n")
+    with pytest.raises(UserError, match="not the data that the scan was made with"):
+        fasttrain.rerun(tmp_path / "x.h5", 0)
+    with h5py.File(tmp_path / "x.h5", "a") as file:
+        file.attrs["arch_source"] = "mine:model=0"
+    path.write_text("a,b,c,label\n" + "\n".join(lines) + "\n")
+    with pytest.raises(UserError, match="not the source"):
+        fasttrain.rerun(tmp_path / "x.h5", 0)
+
+
+def test_matched_widths_are_the_nearest_counts():
+    from fasttrain.models import parameter_count
+
+    spec = ScanSpec(arch="mlp,cnn,vit", match_params=True, widths=(16, 32), depths=(1, 2), heads=2)
+    shape = (1, 8, 8)
+    found, missing = matched(spec.variants(10), shape, spec.heads)
+    references = [v for v in found if v.arch == "mlp"]
+    assert [(v.width, v.depth) for v in references] == [(16, 1), (32, 1), (16, 2), (32, 2)]
+    assert len(found) + len(missing) == 12
+    for reference in references:
+        counts = [target := parameter_count(reference, shape)]
+        for arch in ("cnn", "vit"):
+            heads, widths = (2, range(2, 400, 2)) if arch == "vit" else (0, range(1, 400))
+            fields = {"arch": arch, "depth": reference.depth, "heads": heads}
+            all_of = [dataclasses.replace(spec.variants(10)[-1], **fields, width=width) for width in widths]
+            best = min(all_of, key=lambda v: abs(np.log(parameter_count(v, shape) / target)))
+            together = [*counts, parameter_count(best, shape)]
+            near = max(together) <= 1.05 * min(together)
+            counts = together if near else counts
+            mine = [v for v in found if (v.arch, v.depth, v.width) == (arch, best.depth, best.width)]
+            said = [
+                line for line in missing if f"of {arch} at depth {best.depth}" in line and f"with {target} " in line
+            ]
+            assert (len(mine), len(said)) == ((1, 0) if near else (0, 1))
+    assert missing
+
+
+def test_what_has_no_match_is_said_and_left_out(tmp_path):
+    fields = {"arch": "mlp,vit", "match_params": True, "widths": 16, "steps": 50, "max_probes": 2, "n_max": 6}
+    with pytest.warns(UserWarning, match="left out: no width of vit at depth 1 matches mlp of width 16 with 1210"):
+        results = fasttrain.scan(ScanSpec(**fields), out=tmp_path / "m.h5")
+    assert list(results.curves["arch"]) == ["mlp"]
+    assert "no width of vit" in results.attrs["unmatched"]
+    with pytest.raises(UserError, match="linear without hidden layers has no width"):
+        fasttrain.scan(ScanSpec(**{**fields, "arch": "mlp,linear"}))
