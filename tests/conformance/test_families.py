@@ -58,7 +58,9 @@ def test_the_path_is_the_oracles_to_rounding(fields):
         size = np.abs(truth[i]).max(1)
         moved = np.max([np.abs(nudged[i] - truth[i]).max(1) for nudged in nudges], axis=0) / size
         assert (np.abs(own - truth[i]).max(1) / size <= 30 * moved + 256 * 2.0**-52).all()
-        assert moved.max() < 1e-7
+        # A run may meet a gradient that is zero but for rounding, which RMSprop's first step takes to full size; a
+        # wrong step would show in all of them.
+        assert np.median(moved) < 1e-9
 
 
 # What an optimizer does is bit for bit its own in test_options.py: here a few of them, and every activation.
