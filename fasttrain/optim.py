@@ -7,6 +7,7 @@ batched, one matrix a model, of two models at least (``ensemble.capacity``). doc
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ class Rates(NamedTuple):
         return cls(*(torch.tensor(column, dtype=torch.float64) for column in zip(*table, strict=True)))
 
 
-class Optimizer:
+class Optimizer(ABC):
     """One update of all models of a bucket: clipping, weight decay, and the ``rule`` of a subclass.
 
     Args:
@@ -137,15 +138,15 @@ class Optimizer:
                 grads.add_(params * decay)
         self.rule(params, grads, state, row)
 
+    @abstractmethod
     def columns(self, step: torch.Tensor, lr: torch.Tensor, momentum: torch.Tensor) -> list[torch.Tensor]:
         """The coefficients that ``rule`` takes, from float64 tensors [S, E]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rule(
         self, params: torch.Tensor, grads: torch.Tensor, state: list[torch.Tensor], row: list[torch.Tensor]
     ) -> None:
         """``update`` behind clipping and weight decay."""
-        raise NotImplementedError
 
 
 class SGD(Optimizer):
