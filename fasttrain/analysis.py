@@ -120,8 +120,8 @@ def load(path: str | os.PathLike[str]) -> Results:
         UserError: there is no such file, it is not HDF5 or not of fasttrain, it is damaged, a newer fasttrain
             wrote it, or a scan still writes it.
 
-    In a file of schema version 1, what it lacks has the value that it had then: the default of its ``store.Column``,
-    and ``lr_search="all"``.
+    What a file of an older schema lacks has the value that it had then: the default of its ``store.Column``, and in one
+    of version 1 ``lr_search="all"``.
     """
     path = Path(path)
     with _Reader(path) as reader:
@@ -227,7 +227,7 @@ class _Reader:
 
     def _lacks(self, column: Column) -> bool:
         """Whether the file is of a version that does not have the column."""
-        return self.version == 1 and column.default is not None
+        return self.version < column.since
 
     def weights(self, probe: int) -> dict[str, np.ndarray]:
         """The parameters of a probe by name; empty if they were not kept."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fasttrain.spec import Variant
+from fasttrain.spec import SHORT, Variant
 
 
 class Outcome(enum.StrEnum):
@@ -60,7 +60,8 @@ class Probe:
     Attributes:
         variant: ``Problem.index``.
         n: training samples.
-        seed: 0, 1, 2, ... at each n; from ``spec.CONFIRM`` on where it confirms the winner of a race.
+        seed: 0, 1, 2, ... at each n; from ``spec.CONFIRM`` on where it confirms the winner of a race, from ``spec.SHORT``
+            on where it may take only a third of the budget.
         round: round of the search that asked for it; 0 is the bracket.
     """
 
@@ -68,6 +69,11 @@ class Probe:
     n: int
     seed: int
     round: int = 0
+
+    @property
+    def short(self) -> bool:
+        """Whether it may take only a third of the budget."""
+        return self.seed >= SHORT
 
 
 @dataclass(frozen=True, slots=True, eq=False)

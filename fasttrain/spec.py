@@ -33,6 +33,8 @@ ROUNDED = ("bf16x3", "tf32", "bf16")
 """Of these, those in which numbers are float32 and the factors of products are rounded further."""
 CONFIRM = 2**20
 """Seed of the first probe that confirms the winner of a race; ``ScanSpec.seeds`` stays below it."""
+SHORT = 2**21
+"""Seed of the first probe that may take only a third of the budget."""
 FULL_BATCH = 0
 """The ``batch_size`` of full-batch training; written ``full`` in a spec and on the command line."""
 

@@ -18,7 +18,7 @@ from fasttrain.errors import UserError
 from fasttrain.records import Censored, Estimate, ProbeResult, Problem
 from fasttrain.spec import ScanSpec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Attribute ``schema_version`` of the files written; raised when something moves, changes its meaning or is added
 without which a file cannot be understood."""
 
@@ -84,7 +84,8 @@ class Column:
         source: where a row has the value; for /history the whole array.
         description: what it means, in a line.
         units: ``"1"`` where dimensionless, empty for text.
-        default: of all rows of a file of schema version 1, which lacks the column; ``None`` if version 1 has it.
+        default: of all rows of a file of a schema version below ``since``, which lacks the column.
+        since: the first schema version that has it.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Column:
     description: str
     units: str = "1"
     default: str | float | None = None
+    since: int = 1
 
     @property
     def dtype(self) -> np.dtype:
@@ -141,29 +143,36 @@ _SETTINGS = (
     Column("width", int, "problem.variant.width", "hidden units, channels or embedding; 0 for the linear classifier"),
     Column("depth", int, "problem.variant.depth", "hidden layers or blocks; 0 is the linear classifier"),
     Column("activation", str, "problem.variant.activation", "activation; none for the linear classifier", ""),
-    Column("norm", str, "problem.variant.norm", "none or batch", "", default="none"),
-    Column("heads", int, "problem.variant.heads", "attention heads; 0 where there are none", default=0),
+    Column("norm", str, "problem.variant.norm", "none or batch", "", default="none", since=2),
+    Column("heads", int, "problem.variant.heads", "attention heads; 0 where there are none", default=0, since=2),
     Column(
-        "patch", int, "problem.variant.patch", "side of a patch; 0 where there are none, or by rule", "pixel", default=0
+        "patch",
+        int,
+        "problem.variant.patch",
+        "side of a patch; 0 where there are none, or by rule",
+        "pixel",
+        default=0,
+        since=2,
     ),
-    Column("init_scale", float, "problem.variant.init_scale", "factor on the initial weights", default=1.0),
+    Column("init_scale", float, "problem.variant.init_scale", "factor on the initial weights", default=1.0, since=2),
     Column("optimizer", str, "problem.variant.optimizer", "name of the optimizer", ""),
     Column("lr", float, "problem.variant.lr", "learning rate, the largest of its schedule"),
     Column("momentum", float, "problem.variant.momentum", "momentum of sgd and muon; 0 for the others"),
-    Column("nesterov", bool, "problem.variant.nesterov", "1 if the momentum is Nesterov's", default=False),
-    Column("weight_decay", float, "problem.variant.weight_decay", "weight decay", default=0.0),
-    Column("schedule", str, "problem.variant.schedule", "constant, cosine or linear", "", default="constant"),
-    Column("warmup", int, "problem.variant.warmup", "steps in which the learning rate rises", default=0),
-    Column("clip", float, "problem.variant.clip", "largest norm of a gradient; 0 for no limit", default=0.0),
+    Column("nesterov", bool, "problem.variant.nesterov", "1 if the momentum is Nesterov's", default=False, since=2),
+    Column("weight_decay", float, "problem.variant.weight_decay", "weight decay", default=0.0, since=2),
+    Column("schedule", str, "problem.variant.schedule", "constant, cosine or linear", "", default="constant", since=2),
+    Column("warmup", int, "problem.variant.warmup", "steps in which the learning rate rises", default=0, since=2),
+    Column("clip", float, "problem.variant.clip", "largest norm of a gradient; 0 for no limit", default=0.0, since=2),
     Column(
         "label_smoothing",
         float,
         "problem.variant.label_smoothing",
         "share of a label spread over all classes",
         default=0.0,
+        since=2,
     ),
     Column("batch_size", int, "problem.variant.batch_size", "samples a step; 0 is the full batch"),
-    Column("inputs", str, "problem.variant.inputs", "real, shuffled or gaussian", "", default="real"),
+    Column("inputs", str, "problem.variant.inputs", "real, shuffled or gaussian", "", default="real", since=2),
     Column("labels", str, "problem.variant.labels", "random, true or corrupted:SHARE", ""),
     Column("classes", int, "problem.variant.classes", "number of labels"),
     Column("params", int, "problem.params", "trained parameters, biases included"),
@@ -179,10 +188,31 @@ _ESTIMATES = (
     Column("budget_spent", bool, "estimate.budget_spent", "1 if the probes ran out before the tolerance"),
     Column("finished", bool, "estimate.finished", "1 if the search of the variant has ended"),
     Column("n_probes", int, "estimate.n_probes", "finished probes behind the estimate"),
-    Column("race", str, "estimate.race", "of its learning rate: running, dropped, lost or won; empty: none", "", ""),
-    Column("race_emc50", float, "estimate.race_emc50", "emc50 of the race's own probes; NaN if none", default=math.nan),
-    Column("race_emc50_low", float, "estimate.race_low", "lower end of its interval; NaN if none", default=math.nan),
-    Column("race_emc50_high", float, "estimate.race_high", "upper end of its interval; NaN if none", default=math.nan),
+    Column("race", str, "estimate.race", "of its learning rate: running, dropped, lost or won; empty: none", "", "", 2),
+    Column(
+        "race_emc50",
+        float,
+        "estimate.race_emc50",
+        "emc50 of the race's own probes; NaN if none",
+        default=math.nan,
+        since=2,
+    ),
+    Column(
+        "race_emc50_low",
+        float,
+        "estimate.race_low",
+        "lower end of its interval; NaN if none",
+        default=math.nan,
+        since=2,
+    ),
+    Column(
+        "race_emc50_high",
+        float,
+        "estimate.race_high",
+        "upper end of its interval; NaN if none",
+        default=math.nan,
+        since=2,
+    ),
 )
 CURVES = (
     *_SETTINGS,
@@ -213,6 +243,7 @@ PROBES = (
         "result.test_accuracy",
         "share of the held-out samples classified right at the end of a fitted run",
         default=math.nan,
+        since=2,
     ),
     Column("started", float, "result.started", "start of the run, after the start of the scan", "s"),
     Column("finished", float, "result.finished", "end of the run, after the start of the scan", "s"),
