@@ -1,4 +1,4 @@
-"""``python -m benchmarks peers|scan|batching|precision|profile|gpu|tune``."""
+"""``python -m benchmarks peers|scan|calibration|economy|stopping|batching|precision|profile|gpu|tune``."""
 
 import csv
 import datetime
@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks import batching, peers, precision, profiles, scans
+from benchmarks import batching, calibration, economy, peers, precision, profiles, scans, stopping
 from benchmarks.work import Case
 from fasttrain.machine import cores
 
@@ -118,6 +118,41 @@ def batching_command(quick: bool, out: Path, repeats: int, device: str) -> None:
     (out / f"{name}.json").write_text(json.dumps(conditions(), indent=1) + "\n", encoding="utf-8")
     if not good:
         sys.exit(1)
+
+
+@main.command("calibration")
+@_QUICK
+@_OUT
+@click.option("--runs", type=click.IntRange(2), default=1000, show_default=True, help="Searches of every curve.")
+def calibration_command(quick: bool, out: Path, runs: int) -> None:
+    """Whether intervals cover, by simulated searches; writes calibration.csv and calibration.json."""
+    rows, facts = calibration.run(8 if quick else runs)
+    _table(out / "calibration.csv", list(rows[0]), rows)
+    (out / "calibration.json").write_text(json.dumps({**conditions(), **facts}, indent=1) + "\n", encoding="utf-8")
+
+
+@main.command("economy")
+@_QUICK
+@_OUT
+@click.option("--runs", type=click.IntRange(2), default=200, show_default=True, help="Simulated truths.")
+@click.option("--scans", type=click.IntRange(1), default=8, show_default=True, help="Real adaptive scans.")
+def economy_command(quick: bool, out: Path, runs: int, scans: int) -> None:
+    """Sample-updates of the adaptive search beside fixed grids, at equal interval width; writes economy.csv."""
+    rows = economy.run(quick, runs, scans)
+    _table(out / "economy.csv", economy.COLUMNS, rows)
+    (out / "economy.json").write_text(json.dumps(conditions(), indent=1) + "\n", encoding="utf-8")
+
+
+@main.command("stopping")
+@_QUICK
+@_OUT
+@click.option("--runs", type=click.IntRange(1), default=300, show_default=True, help="At most, of every case.")
+def stopping_command(quick: bool, out: Path, runs: int) -> None:
+    """How often the plateau rule stops a run that would have fitted; writes stopping.csv and stopping.json."""
+    widths, runs = ((8,), 16) if quick else ((8, 16, 24, 32), runs)
+    rows, facts = stopping.run(widths, runs, seed=11)
+    _table(out / "stopping.csv", stopping.COLUMNS, rows)
+    (out / "stopping.json").write_text(json.dumps({**conditions(), **facts}, indent=1) + "\n", encoding="utf-8")
 
 
 @main.command("profile")

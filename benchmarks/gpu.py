@@ -206,7 +206,7 @@ class Vmap:
         self.backend = make_backend("vmap", setting, variant)
         if not fused:
             self.backend._fused = False
-            self.backend._optimizer = make_optimizer(variant, self.backend._layout, setting.spec.steps)
+            self.backend._optimizer = make_optimizer(variant, self.backend._layout)
         self.state = self.backend.init(case.runs(setting, case.models))
 
     def __call__(self, steps: int) -> None:

@@ -7,10 +7,14 @@ from typing import Any
 import click
 
 import fasttrain
+from fasttrain.cli.analyses import compare_command, fit_command
 from fasttrain.cli.datasets import data_commands
 from fasttrain.cli.options import EXAMPLES, GroupedCommand, given_fields, spec_options
+from fasttrain.cli.studies import study_commands
+from fasttrain.cli.tables import plain
 
 DEFAULT_OUT = "emc.h5"
+_ONE_BUDGET = {"steps", "budget"}  # two ways to say one thing: either wins over either in a file
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT, as shells count it."""
 
@@ -60,6 +64,14 @@ def _commands(context: click.Context) -> None:
 @click.option("--out", default=DEFAULT_OUT, show_default=True, metavar="FILE", help="HDF5 file to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
 @click.option("--save-weights", is_flag=True, help="Keep the parameters of every fitted run in the file.")
+@click.option(
+    "--curvature",
+    default="0",
+    show_default=True,
+    metavar="K",
+    help="After the search, train the K runs of each variant nearest to EMC50 once more, and keep the gradient norm, "
+    "the slope of the loss and the extreme Hessian eigenvalues where they ended. No other number depends on them.",
+)
 @click.option("--quiet", is_flag=True, help="Print the final table and errors only, no progress.")
 @click.option("--dry-run", is_flag=True, help="Print the variants, memory and cost; train and write nothing.")
 @click.pass_context
@@ -69,6 +81,7 @@ def _scan(
     out: str,
     overwrite: bool,
     save_weights: bool,
+    curvature: str,
     quiet: bool,
     dry_run: bool,
     **_: Any,
@@ -78,65 +91,113 @@ def _scan(
     Lists (4,8,16) make a product of variants. Whole numbers may also be ranges, both ends included: 4:64:4 or
     2^3:2^8. Options given here win over those in the --spec file.
     """
-    if spec_file is not None:
-        from fasttrain.spec import read_toml
+    from fasttrain.spec import read_toml, spec_fields
 
-        fields = read_toml(spec_file)
-    else:
-        fields = {}
-    spec = fasttrain.ScanSpec(**{**fields, **given_fields(context)})
+    given = spec_fields(given_fields(context))
+    fields = read_toml(spec_file) if spec_file is not None else {}
+    if given.keys() & _ONE_BUDGET:
+        fields = {name: value for name, value in fields.items() if name not in _ONE_BUDGET}
+    spec = fasttrain.ScanSpec(**{**fields, **given})
+    looked_at = _number("curvature", curvature, "expected a whole number of runs, 0 or more")
     if dry_run:
         from fasttrain.cli.tables import preview_text
 
-        click.echo(_plain("\n".join(preview_text(fasttrain.preview(spec)))))
+        click.echo(plain("\n".join(preview_text(fasttrain.preview(spec)))))
         return 0
-    return _measure(spec, out, overwrite, quiet, save_weights)
+    return _measure(spec, out, overwrite, quiet, save_weights, looked_at)
 
 
 @_commands.command("show")
 @click.argument("file")
 @click.option("--all", "losers", is_flag=True, help="Also the learning rates that were dropped or lost.")
-def _show(file: str, losers: bool) -> int:
+@click.option(
+    "--estimator",
+    metavar="emc50|paper|nakkiran",
+    help="EMC computed anew from the runs: the n that half of them fit; the largest n before the first failure (needs "
+    "--search paper); the largest n with an expected train error of at most --eps.",
+)
+@click.option("--eps", metavar="SHARE", help="Expected train error of --estimator nakkiran.  [default: 0.1]")
+@click.option(
+    "--budget",
+    metavar="NUMBER+UNIT",
+    help="EMC50 at a smaller budget than the scan's, from its runs: 3000steps, 100epochs, 1e5samples.",
+)
+@click.option("--curvature", is_flag=True, help="The runs that scan --curvature looked at, instead.")
+def _show(file: str, losers: bool, estimator: str | None, eps: str | None, budget: str | None, curvature: bool) -> int:
     """Print the table of a finished, interrupted or killed scan again.
 
     Of the learning rates that raced, it has the winner's line.
     """
-    _print_results(fasttrain.load(file), file, losers)
+    if eps is not None and estimator is None:
+        raise fasttrain.UserError("eps", eps, "goes with --estimator nakkiran")
+    if budget is not None:
+        estimator = estimator or "emc50"
+    if curvature and estimator is not None:
+        raise fasttrain.UserError("curvature", "true", "shows another table than --estimator; give one of the two")
+    results = fasttrain.load(file)
+    if curvature:
+        from fasttrain.cli.tables import curvature_text
+
+        click.echo(plain("\n".join(curvature_text(results))))
+    elif estimator is not None:
+        from fasttrain.cli.tables import estimates_text
+
+        share = None if eps is None else _share("eps", eps)
+        found = fasttrain.estimates(results, estimator, eps=share, budget=budget)
+        click.echo(plain("\n".join(estimates_text(results, found, file, losers))))
+    else:
+        _print_results(results, file, losers)
     return 0
 
 
+_commands.add_command(compare_command)
+_commands.add_command(fit_command)
 _commands.add_command(data_commands)
+_commands.add_command(study_commands)
 
 
 @_commands.command("rerun")
 @click.argument("file")
 @click.option("--probe", required=True, metavar="ID", help="Index of the run, the column probe of /probes.")
-def _rerun(file: str, probe: str) -> int:
+@click.option("--curvature", is_flag=True, help="Also gradient norm and extreme Hessian eigenvalues where it ended.")
+def _rerun(file: str, probe: str, curvature: bool) -> int:
     """Train one run of a file again and show its training curve.
 
     On the same hardware with the same versions it gives the same numbers, and says whether it did.
     """
     from fasttrain.cli.tables import rerun_text
 
-    if not probe.isdecimal() or len(probe) > 18:
-        raise fasttrain.UserError("probe", probe, "expected the index of a run, 0 or more")
+    index = _number("probe", probe, "expected the index of a run, 0 or more")
     results = fasttrain.load(file)
-    again = fasttrain.rerun(results, int(probe))
-    click.echo(_plain("\n".join(rerun_text(again, results, int(probe)))))
+    again = fasttrain.rerun(results, index, curvature=curvature)
+    click.echo(plain("\n".join(rerun_text(again, results, index))))
     return 0
 
 
-def _measure(spec: "fasttrain.ScanSpec", out: str, overwrite: bool, quiet: bool, save_weights: bool) -> int:
+def _number(option: str, text: str, expected: str) -> int:
+    if not text.isdecimal() or len(text) > 18:
+        raise fasttrain.UserError(option, text, expected)
+    return int(text)
+
+
+def _measure(
+    spec: "fasttrain.ScanSpec", out: str, overwrite: bool, quiet: bool, save_weights: bool, curvature: int
+) -> int:
     from fasttrain.cli.progress import reporter
 
     before = _identity(out)
     try:
         with reporter(quiet) as on_progress:
             results = fasttrain.scan(
-                spec, out=out, overwrite=overwrite, save_weights=save_weights, on_progress=on_progress
+                spec,
+                out=out,
+                overwrite=overwrite,
+                save_weights=save_weights,
+                curvature=curvature,
+                on_progress=on_progress,
             )
     except KeyboardInterrupt:
-        click.echo(_plain(_kept(out, before)), err=True)
+        click.echo(plain(_kept(out, before)), err=True)
         return INTERRUPTED
     except OSError as error:
         # A full disk is no bug to trace. What was committed before it is in the file.
@@ -151,7 +212,14 @@ def _measure(spec: "fasttrain.ScanSpec", out: str, overwrite: bool, quiet: bool,
 def _print_results(results: "fasttrain.Results", path: str, losers: bool = False) -> None:
     from fasttrain.cli.tables import results_text
 
-    click.echo(_plain("\n".join(results_text(results, path, losers))))
+    click.echo(plain("\n".join(results_text(results, path, losers))))
+
+
+def _share(option: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise fasttrain.UserError(option, text, "expected a number between 0 and 1") from None
 
 
 def _kept(out: str, before: tuple[int, ...] | None) -> str:
@@ -189,13 +257,7 @@ def _user_line(error: "fasttrain.UserError") -> str:
 
 
 def _complain(message: str) -> None:
-    click.echo(_plain(f"fasttrain: {' '.join(message.split())}"), err=True)
-
-
-def _plain(text: str) -> str:
-    """Text that any terminal can show: file names may hold control characters and bytes that are no UTF-8."""
-    printable = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-    return printable.encode(errors="backslashreplace").decode()
+    click.echo(plain(f"fasttrain: {' '.join(message.split())}"), err=True)
 
 
 __all__ = ["main"]

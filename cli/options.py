@@ -22,6 +22,7 @@ from fasttrain.spec import (
     PRECISIONS,
     SCALINGS,
     SCHEDULES,
+    SEARCHES,
 )
 
 EXAMPLES = """\b
@@ -109,20 +110,50 @@ FIELDS: dict[str, _Help] = {
     "label_smoothing": _Help(_TRAINING, "SHARE", "Share of a label's weight spread over all classes."),
     "batch_size": _Help(_TRAINING, "LIST", "Samples a step, or full for all n."),
     "steps": _Help(_TRAINING, "N", "Optimizer steps that a training run may take."),
-    "check_every": _Help(_TRAINING, "N", "Steps between checks on the whole training set."),
-    "seeds": _Help(_SEARCH, "N", "At most so many training runs at one n of one variant."),
-    "n_min": _Help(_SEARCH, "N", "Smallest number of training samples tried.", "2"),
+    "budget": _Help(
+        _TRAINING,
+        "NUMBER+UNIT",
+        "The same in epochs or in samples seen, in place of --steps: 300epochs, 1e6samples.",
+        "that of --steps",
+    ),
+    "check_every": _Help(_TRAINING, "N", "Steps between checks on the whole training set, at most."),
+    "early_stop": _Help(_TRAINING, "", "Whether runs whose loss no longer falls are ended before the budget is used."),
+    "elasticity": _Help(
+        _TRAINING, "", "Whether EMC50 is measured at a third of the budget too, with runs of their own."
+    ),
+    "search": _Help(
+        _SEARCH,
+        _one_of(SEARCHES),
+        "Runs that tell most of EMC50; for every seed a growing n until the first failure; or all seeds at every --n.",
+    ),
+    "growth": _Help(_SEARCH, "FACTOR", "With --search paper, from one n to the next; at least 1 sample more."),
+    "n": _Help(_SEARCH, "LIST", "With --search grid, numbers of training samples: numbers or ranges.", "none"),
+    "seeds": _Help(
+        _SEARCH,
+        "N",
+        "At most so many training runs at one n of one variant; as many ladders (paper), as many at every n (grid).",
+    ),
+    "n_min": _Help(
+        _SEARCH,
+        "N",
+        "Smallest number of training samples tried.",
+        "2; paper: an eighth of the parameters or of n-max, the smaller; grid: the smallest --n",
+    ),
     "n_max": _Help(
         _SEARCH,
         "N",
         "Largest number of training samples tried.",
-        "the samples there are, 4 times the parameters for gaussian",
+        "the samples there are, 4 times the parameters for gaussian; grid: the largest --n",
     ),
     "interval": _Help(_SEARCH, "P", "Probability content of the reported interval of EMC50."),
     "tolerance": _Help(
-        _SEARCH, "SHARE", "A variant is done when its interval's half-width is at most this share of EMC50."
+        _SEARCH,
+        "SHARE",
+        "With --search adaptive, a variant is done when its interval's half-width is at most this share of EMC50.",
     ),
-    "max_probes": _Help(_SEARCH, "N", "At most so many training runs a variant."),
+    "max_probes": _Help(
+        _SEARCH, "N", "At most so many training runs a variant; not with --search grid.", "96; paper: 100 for each seed"
+    ),
     "seed": _Help(_SEARCH, "N", "Base of all randomness of the scan."),
     "device": _Help(_MACHINE, "NAME", "Device to train on: auto, cpu, cuda or cuda:N."),
     "backend": _Help(
@@ -158,11 +189,15 @@ def _option(field: "dataclasses.Field[Any]") -> Callable[[Callable[..., Any]], C
     class Option(_SpecOption):
         group = about.group
 
-    if isinstance(field.default, bool):
-        return click.option(f"--{field.name.replace('_', '-')}", field.name, cls=Option, is_flag=True, help=about.text)
-    several = isinstance(field.default, tuple) or field.name == "classes"
+    name = field.name.replace("_", "-")
+    if field.default is True:
+        both, text = f"--{name}/--no-{name}", f"{about.text}  [default: {name}]"
+        return click.option(both, field.name, cls=Option, default=True, help=text)
+    if field.default is False:
+        return click.option(f"--{name}", field.name, cls=Option, is_flag=True, help=about.text)
+    several = isinstance(field.default, tuple) or field.name in ("classes", "n")
     return click.option(
-        f"--{field.name.replace('_', '-')}",
+        f"--{name}",
         field.name,
         cls=Option,
         type=str,

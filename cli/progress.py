@@ -98,7 +98,8 @@ def summary(progress: "Progress") -> list[str]:
     return [
         f"{seconds_text(progress.elapsed)} elapsed",
         f"{progress.variants_done}/{count(len(progress.variants), 'variant')} done, "
-        f"{count(progress.probes_done, 'run')} done, {progress.probes_running} running{remaining}",
+        f"{count(progress.probes_done, 'run')} done, {progress.probes_running} running{remaining}"
+        + (f", curvature of {progress.measured}/{count(progress.to_measure, 'run')}" if progress.to_measure else ""),
         f"{number_text(progress.steps_per_second)} model-steps/s, "
         f"{progress.slots_used}/{count(progress.slots, 'slot')} in use, "
         f"occupancy {100 * progress.occupancy:.0f}%",
@@ -188,7 +189,7 @@ def _reason(estimate: Any) -> str:
     if not estimate.finished:
         return ", lr won, confirming" if race == "won" else ""
     words = {"above": ", above n-max", "below": ", below n-min"}
-    ended = words.get(str(estimate.censored), "") + (", budget spent" if estimate.budget_spent else "")
+    ended = words.get(str(estimate.censored), "") + (", runs used up" if estimate.budget_spent else "")
     return ended + (f", lr {race}" if race else "")
 
 

@@ -58,7 +58,21 @@ _DEFAULTS = {
 """Settings that say nothing at these values: they are not mentioned where all variants have them."""
 _DERIVED = ("heads", "momentum")
 """Settings that follow from others, and are not mentioned where they differ."""
-_LEFT = {"arch", "activation", "norm", "optimizer", "schedule", "inputs", "labels", "interval", "state", "notes"}
+_BEYOND = {"above": "above n-max", "below": "below n-min"}
+_LOSERS = ("dropped", "lost")
+_LEFT = {
+    "arch",
+    "activation",
+    "norm",
+    "optimizer",
+    "schedule",
+    "inputs",
+    "labels",
+    "interval",
+    "state",
+    "notes",
+    "outcome",
+}
 
 
 def results_text(results: "Results", path: str, losers: bool = False) -> list[str]:
@@ -69,40 +83,94 @@ def results_text(results: "Results", path: str, losers: bool = False) -> list[st
         path: of their file, to be named.
         losers: whether to show the learning rates that lost a race too.
     """
-    rows = results.curves.to_dict("records")
-    attrs = results.attrs
-    conditions = [results.spec.data, *shared_settings(rows)]
-    conditions += [str(attrs[name]) for name in ("precision", "device", "backend") if attrs.get(name)]
-    status = attrs.get("status")
+    return [_conditions(results), "", *curve_table(results.curves, losers), "", _source(results, path)]
+
+
+def estimates_text(results: "Results", estimates: "pandas.DataFrame", path: str, losers: bool = False) -> list[str]:
+    """The table of a scan with another estimator's EMC, what that assumes, and what is to be known of the runs.
+
+    Args:
+        results: of the scan.
+        estimates: ``fasttrain.estimates`` of them.
+        path: of their file, to be named.
+        losers: whether to show the learning rates that lost a race too.
+    """
+    shown = {"estimate": "emc50", "low": "emc50_low", "high": "emc50_high", "censored": "censored"}
+    columns = {theirs: estimates[own].to_numpy() for own, theirs in shown.items()}
+    content, name = estimates.attrs["interval"], estimates.attrs["estimator"]
+    # What was noted of the estimate at the full budget is not said of this one.
+    silent = {"elasticity": math.nan, "budget_limited": False, "misfit": False}
+    frame = results.curves.assign(**silent, **columns, n_probes=estimates["n_probes"].to_numpy(), interval=content)
+    settings = varying_settings(frame.to_dict("records"))
+    warnings = []
+    for row, said in zip(frame.to_dict("records"), estimates["warnings"], strict=True):
+        if said and (losers or row["race"] not in _LOSERS):
+            names = [f"{_SETTINGS[one]} {setting_text(row, one)}" for one in settings if not _meaningless(row, one)]
+            warnings.append(f"{', '.join(names)}: {said}.")
+    beyond = {"above": "above what was tried", "below": "below what was tried"}
+    title = "EMC50" if name == "emc50" else f"EMC ({name})"
     return [
-        ", ".join(conditions),
+        _conditions(results),
         "",
-        *curve_table(results.curves, losers),
+        *curve_table(frame, losers, title, beyond),
         "",
-        f"{path}: {count(len(rows), 'variant')}, {count(len(results.probes), 'training run')}, "
-        f"{_STATUS.get(str(status), status)}",
+        f"{title}: {estimates.attrs['assumes']}",
+        *warnings,
+        "",
+        _source(results, path),
     ]
 
 
-def curve_table(frame: "pandas.DataFrame", losers: bool = False) -> list[str]:
+def _conditions(results: "Results") -> str:
+    """What all variants were measured under."""
+    conditions = [results.spec.data, *shared_settings(results.curves.to_dict("records"))]
+    conditions += [f"budget {results.spec.budget}"] if results.spec.budget is not None else []
+    conditions += [] if results.spec.early_stop else ["no early stop"]
+    conditions += [str(results.attrs[name]) for name in ("precision", "device", "backend") if results.attrs.get(name)]
+    return ", ".join(conditions)
+
+
+def _source(results: "Results", path: str) -> str:
+    """The file, how much is in it, and how the scan ended."""
+    status = results.attrs.get("status")
+    return (
+        f"{path}: {count(len(results.curves), 'variant')}, {count(len(results.probes), 'training run')}, "
+        f"{_STATUS.get(str(status), status)}"
+    )
+
+
+def curve_table(
+    frame: "pandas.DataFrame", losers: bool = False, title: str = "EMC50", beyond: Mapping[str, str] = _BEYOND
+) -> list[str]:
     """One line a variant, under a line of headings; settings that all variants share are left out.
 
     Args:
         frame: ``Results.curves``.
         losers: whether there is a line for the learning rates that were dropped from a race or lost it.
+        title: heading of ``emc50``.
+        beyond: what is to be said of a censored row.
     """
     rows: list[dict[str, Any]] = frame.to_dict("records")
     settings = varying_settings(rows)
     contents = {row["interval"] for row in rows if "interval" in row}
     interval = f"{100 * contents.pop():g}% interval" if len(contents) == 1 else "interval"
-    columns = [*settings, "params", "EMC50", "interval", "EMC/param", "runs", "notes"]
+    shown = [row for row in rows if losers or row.get("race") not in _LOSERS]
+    rises = title == "EMC50" and any(math.isfinite(row.get("elasticity", math.nan)) for row in shown)
+    columns = [
+        *settings,
+        "params",
+        "EMC50",
+        "interval",
+        "EMC/param",
+        *(["elasticity"] if rises else []),
+        "runs",
+        "notes",
+    ]
     cells = []
     rates: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:
         rates.setdefault(_but_lr(row), []).append(setting_text(row, "lr"))
-    for row in rows:
-        if row.get("race") in ("dropped", "lost") and not losers:
-            continue
+    for row in shown:
         value, bounds = emc_text(row["emc50"], row["emc50_low"], row["emc50_high"], row["censored"])
         cells.append(
             [
@@ -111,11 +179,12 @@ def curve_table(frame: "pandas.DataFrame", losers: bool = False) -> list[str]:
                 value,
                 bounds,
                 _per_param(row),
+                *([_elasticity(row)] if rises else []),
                 str(row["n_probes"]),
-                ", ".join(_notes(row, rates[_but_lr(row)])),
+                ", ".join(_notes(row, rates[_but_lr(row)], beyond)),
             ]
         )
-    return _aligned(columns, cells, {"interval": interval})
+    return aligned(columns, cells, {"interval": interval, "EMC50": title})
 
 
 def rerun_text(again: "Rerun", results: "Results", probe: int) -> list[str]:
@@ -130,13 +199,73 @@ def rerun_text(again: "Rerun", results: "Results", probe: int) -> list[str]:
     ended = f"{result.outcome} after {result.steps} steps: {result.outcome.message}"
     if not math.isnan(result.test_accuracy):
         ended += f"; {100 * result.test_accuracy:.1f} % of the held-out samples are right"
+    looked_at = []
+    if again.curvature is not None:
+        one = {**asdict(again.curvature), "probe": probe, "n": row["n"], "outcome": result.outcome}
+        looked_at = [*aligned(list(_CURVATURE), [_curvature_cells(one)], _CURVATURE), ""]
     same = f"not the same as in the file: {', '.join(again.differs)}" if again.differs else "the same as in the file"
     return [
         f"run {probe}: {results.spec.data}, {', '.join(settings)}, {sizes}",
         "",
-        *_aligned(["step", "loss", "accuracy"], cells, {}),
+        *aligned(["step", "loss", "accuracy"], cells, {}),
         "",
+        *looked_at,
         f"{ended}; {same}.",
+    ]
+
+
+def curvature_text(results: "Results") -> list[str]:
+    """One line for each run whose end was looked at, and how many of them have a negative eigenvalue."""
+    if results.curvature.empty:
+        return ["No curvature is in this file: scan --curvature K measures it."]
+    runs = results.probes.set_index("probe")
+    rows = [{**runs.loc[one["probe"]].to_dict(), **one} for one in results.curvature.to_dict("records")]
+    settings = varying_settings(results.curves.to_dict("records"))
+    columns = [*settings, *_CURVATURE]
+    cells = [[*(setting_text(row, name) for name in settings), *_curvature_cells(row)] for row in rows]
+    negative = sum(row["lambda_min"] < -row["residual_min"] for row in rows)
+    return [
+        *aligned(columns, cells, _CURVATURE),
+        "",
+        f"{count(len(rows), 'run')}, of which {negative} with an eigenvalue that is surely negative; "
+        f"{sum(not row['converged'] for row in rows)} not converged. Diagnostics: no estimate depends on them.",
+    ]
+
+
+_CURVATURE = {
+    "probe": "run",
+    "n": "n",
+    "outcome": "outcome",
+    "loss": "loss",
+    "gradient_norm": "|gradient|",
+    "loss_slope": "slope",
+    "lambda_min": "lambda min",
+    "residual_min": "+-",
+    "lambda_max": "lambda max",
+    "residual_max": "+-",
+    "products": "products",
+    "notes": "notes",
+}
+
+
+def _curvature_cells(row: Row) -> list[str]:
+    """The cells of ``_CURVATURE``."""
+
+    def short(name: str, form: str = "#.3g") -> str:
+        return "-" if math.isnan(row[name]) else f"{row[name]:{form}}"
+
+    return [
+        str(row["probe"]),
+        str(row["n"]),
+        str(row["outcome"]),
+        *(short(name) for name in ("loss", "gradient_norm", "loss_slope")),
+        *(
+            short(name, form)
+            for end in ("min", "max")
+            for name, form in ((f"lambda_{end}", "#.3g"), (f"residual_{end}", ".0e"))
+        ),
+        str(row["products"]),
+        "" if row["converged"] else "not converged",
     ]
 
 
@@ -146,11 +275,12 @@ def preview_text(preview: "Preview") -> list[str]:
         {**asdict(row.variant), "params": row.params, "n": f"{row.n_min} to {row.n_max}"} for row in preview.variants
     ]
     settings = varying_settings(rows)
-    table = _aligned(
+    table = aligned(
         [*settings, "params", "n"],
         [[*(setting_text(row, name) for name in settings), str(row["params"]), row["n"]] for row in rows],
         {},
     )
+    data = f", {bytes_text(preview.data_bytes)} of data" if preview.data_bytes else ""
     likely = f"; likely {seconds_text(preview.seconds_likely)}" if preview.seconds_likely is not None else ""
     return [
         ", ".join(shared_settings(rows)),
@@ -159,8 +289,7 @@ def preview_text(preview: "Preview") -> list[str]:
         "",
         f"{count(len(rows), 'variant')} on {preview.device}, {preview.backend}, {preview.precision}, "
         f"{count(preview.slots, 'slot')}",
-        f"memory: about {bytes_text(preview.memory_bytes)}, "
-        f"at most {bytes_text(preview.memory_bytes / preview.slots)} a model",
+        f"memory: about {bytes_text(preview.memory_bytes)}, at most {bytes_text(preview.model_bytes)} a model{data}",
         f"cost: at most {number_text(preview.model_steps_most)} model-steps, "
         f"{seconds_text(preview.seconds_most)}{likely}",
         *(f"left out: {line}" for line in preview.unmatched),
@@ -210,14 +339,14 @@ def emc_text(emc50: float, low: float, high: float, censored: str) -> tuple[str,
     if math.isnan(emc50):
         return "-", ""
     if math.isnan(low) or math.isnan(high):
-        return _digits(emc50, emc50), ""
-    upper = "inf)" if math.isinf(high) else f"{_digits(high, emc50)}]"
-    return _digits(emc50, emc50), f"[{_digits(low, emc50)}, {upper}"
+        return digits(emc50, emc50), ""
+    upper = "inf)" if math.isinf(high) else f"{digits(high, emc50)}]"
+    return digits(emc50, emc50), f"[{digits(low, emc50)}, {upper}"
 
 
 def headings(settings: Sequence[str]) -> list[str]:
     """The settings as column headings."""
-    return [_SETTINGS[name] for name in settings]
+    return [_SETTINGS.get(name, name) for name in settings]
 
 
 def count(number: int, noun: str) -> str:
@@ -276,17 +405,27 @@ def _per_param(row: Row) -> str:
     return f"{sign}{value / params:#.3g}" if math.isfinite(value) else "-"
 
 
+def _elasticity(row: Row) -> str:
+    """Of EMC50 in the budget, with its interval."""
+    if not math.isfinite(row["elasticity"]):
+        return "-"
+    return f"{row['elasticity']:.2f} [{row['elasticity_low']:.2f}, {row['elasticity_high']:.2f}]"
+
+
 def _but_lr(row: Row) -> tuple[Any, ...]:
     """What the rows of one race share."""
     return tuple(row[name] for name in _SETTINGS if name != "lr")
 
 
-def _notes(row: Row, rates: Sequence[str]) -> list[str]:
+def _notes(row: Row, rates: Sequence[str], beyond: Mapping[str, str]) -> list[str]:
     """What is to be said of a row; ``rates`` are the learning rates of its race."""
-    beyond = {"above": "above n-max", "below": "below n-min"}
     notes = [beyond[row["censored"]]] if row["censored"] in beyond else []
     if row["budget_spent"]:
-        notes.append("budget spent")
+        notes.append("runs used up")
+    if row.get("budget_limited"):
+        notes.append("budget-limited")
+    if row.get("misfit"):
+        notes.append("misfit")
     if not row["finished"]:
         notes.append("unfinished")
     if race := row.get("race"):
@@ -295,7 +434,7 @@ def _notes(row: Row, rates: Sequence[str]) -> list[str]:
     return notes
 
 
-def _digits(number: float, scale: float) -> str:
+def digits(number: float, scale: float) -> str:
     """A number with the decimals that suit one of size ``scale``: three digits, no decimals from 100."""
     return f"{number:.{0 if scale >= 99.95 else 1 if scale >= 9.995 else 2}f}"
 
@@ -309,13 +448,30 @@ def _distinct(rows: Sequence[Row], name: str) -> list[Row]:
     return list({row[name]: row for row in rows if not _meaningless(row, name)}.values())
 
 
-def _aligned(columns: Sequence[str], cells: Sequence[Sequence[str]], titles: Mapping[str, str]) -> list[str]:
+def _of_text(column: str) -> bool:
+    return column.endswith("interval") or column.removesuffix("_a").removesuffix("_b") in _LEFT
+
+
+def aligned(columns: Sequence[str], cells: Sequence[Sequence[str]], titles: Mapping[str, str]) -> list[str]:
+    """Lines of a table under a line of headings.
+
+    Args:
+        columns: their names; those of text are flush left.
+        cells: text, one row a line.
+        titles: headings of columns that are not settings.
+    """
     lines = [[titles.get(name, _SETTINGS.get(name, name)) for name in columns], *cells]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return [
         "  ".join(
-            cell.ljust(width) if name in _LEFT else cell.rjust(width)
+            cell.ljust(width) if _of_text(name) else cell.rjust(width)
             for name, cell, width in zip(columns, line, widths, strict=True)
         ).rstrip()
         for line in lines
     ]
+
+
+def plain(text: str) -> str:
+    """Text that any terminal can show: file names may hold control characters and bytes that are no UTF-8."""
+    printable = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return printable.encode(errors="backslashreplace").decode()

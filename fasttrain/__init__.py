@@ -14,42 +14,62 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 if TYPE_CHECKING:
     from fasttrain.analysis import Results, load
+    from fasttrain.claims import Verdict, study
+    from fasttrain.comparison import Comparison, compare
     from fasttrain.errors import UserError
-    from fasttrain.records import Outcome
+    from fasttrain.estimators import estimates
+    from fasttrain.records import Curvature, Outcome
     from fasttrain.repeat import Rerun, rerun
     from fasttrain.run import Preview, Progress, preview, scan
+    from fasttrain.scaling import Scaling, fit_scaling
     from fasttrain.spec import ScanSpec, Variant
 
 __version__ = "0.1.0"
 
 # Imported on first use: `import fasttrain` costs milliseconds, torch and pandas cost seconds.
 _EXPORTS = {
+    "Comparison": "fasttrain.comparison",
+    "Curvature": "fasttrain.records",
     "Outcome": "fasttrain.records",
     "Preview": "fasttrain.run",
-    "Rerun": "fasttrain.repeat",
     "Progress": "fasttrain.run",
+    "Rerun": "fasttrain.repeat",
     "Results": "fasttrain.analysis",
+    "Scaling": "fasttrain.scaling",
     "ScanSpec": "fasttrain.spec",
     "UserError": "fasttrain.errors",
     "Variant": "fasttrain.spec",
+    "Verdict": "fasttrain.claims",
+    "compare": "fasttrain.comparison",
+    "estimates": "fasttrain.estimators",
+    "fit_scaling": "fasttrain.scaling",
     "load": "fasttrain.analysis",
     "preview": "fasttrain.run",
     "rerun": "fasttrain.repeat",
     "scan": "fasttrain.run",
+    "study": "fasttrain.claims",
 }
 __all__ = [
+    "Comparison",
+    "Curvature",
     "Outcome",
     "Preview",
     "Progress",
     "Rerun",
     "Results",
+    "Scaling",
     "ScanSpec",
     "UserError",
     "Variant",
+    "Verdict",
+    "compare",
+    "estimates",
+    "fit_scaling",
     "load",
     "preview",
     "rerun",
     "scan",
+    "study",
 ]
 
 

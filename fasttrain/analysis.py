@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from fasttrain.errors import UserError
-from fasttrain.spec import ScanSpec
-from fasttrain.store import CURVES, HISTORY, PROBES, SCHEMA_VERSION, WEIGHTS, Block, Column, MemoryStore
+from fasttrain.spec import ScanSpec, budget_text
+from fasttrain.store import CURVATURE, CURVES, HISTORY, PROBES, SCHEMA_VERSION, WEIGHTS, Block, Column, MemoryStore
 
 _CURVE_COLUMNS = HISTORY[1:]
 
@@ -25,6 +25,7 @@ class Results:
         spec: what was to be measured.
         curves: one row a variant, with its settings and its EMC50; the columns of ``/curves`` (docs/hdf5.md).
         probes: one row a training run, in the order in which they finished; the columns of ``/probes``.
+        curvature: one row for each run whose end was looked at (``scan --curvature``); the columns of ``/curvature``.
         attrs: the conditions: versions, device, precision, times, ``status`` and the summary.
         path: the file; ``None`` for results in memory.
     """
@@ -34,6 +35,7 @@ class Results:
         spec: str,
         curves: Block,
         probes: Block,
+        curvature: Block,
         attrs: Mapping[str, Any],
         read_history: Callable[[slice], Block],
         read_weights: Callable[[int], dict[str, np.ndarray]],
@@ -42,6 +44,7 @@ class Results:
         self.spec = ScanSpec.from_json(spec)
         self.curves = _frame(CURVES, curves)
         self.probes = _frame(PROBES, probes)
+        self.curvature = _frame(CURVATURE, curvature)
         self.attrs = dict(attrs)
         self.path = path
         self._read_history, self._read_weights = read_history, read_weights
@@ -61,7 +64,7 @@ class Results:
         def read_weights(probe: int) -> dict[str, np.ndarray]:
             return weights.get(probe, {})
 
-        blocks = store.block("curves"), store.block("probes")
+        blocks = store.block("curves"), store.block("probes"), store.block("curvature")
         return cls(store.spec, *blocks, store.attributes, read, read_weights)
 
     def history(self, probe: int) -> pd.DataFrame:
@@ -120,8 +123,8 @@ def load(path: str | os.PathLike[str]) -> Results:
         UserError: there is no such file, it is not HDF5 or not of fasttrain, it is damaged, a newer fasttrain
             wrote it, or a scan still writes it.
 
-    What a file of an older schema lacks has the value that it had then: the default of its ``store.Column``, and in one
-    of version 1 ``lr_search="all"``.
+    What a file of an older schema lacks has the value that it had then: the default of its ``store.Column``; ``budget``
+    and ``steps_budget`` below version 3 follow from ``steps``; and in one of version 1 ``lr_search="all"``.
     """
     path = Path(path)
     with _Reader(path) as reader:
@@ -131,10 +134,12 @@ def load(path: str | os.PathLike[str]) -> Results:
         if reader.rows("history", HISTORY, growing=True) < end:
             raise UserError("file", path, f"is damaged: /history is shorter than the {end} rows that /probes needs")
         curves = reader.table("curves", CURVES, growing=False)
+        curvature = reader.table("curvature", CURVATURE, growing=status == "running")
         spec = reader.text("spec")
         if reader.version == 1:
             # Its learning rates never raced, which is the default now.
             spec = json.dumps({"lr_search": "all", **json.loads(spec)})
+        older = reader.version < 3
 
     def opened() -> "_Reader":
         return _Reader(path, {name: attrs.get(name) for name in ("spec_digest", "started")})
@@ -148,7 +153,11 @@ def load(path: str | os.PathLike[str]) -> Results:
             return reader.weights(probe)
 
     try:
-        return Results(spec, curves, probes, attrs, read, read_weights, path)
+        if older:
+            asked = ScanSpec.from_json(spec)
+            probes["steps_budget"] = np.full(len(probes["n"]), asked.steps)
+            curves["budget"] = np.full(len(curves["n_min"]), budget_text(asked), dtype=object)
+        return Results(spec, curves, probes, curvature, attrs, read, read_weights, path)
     except UserError as error:
         raise UserError("file", path, f"its spec cannot be read ({error})") from None
 
@@ -201,13 +210,16 @@ class _Reader:
         return str(self._data(name).asstr()[()])
 
     def rows(self, group: str, columns: tuple[Column, ...], growing: bool) -> int:
-        """The rows that all columns have; a kill may leave some columns of a growing group longer."""
+        """The rows that all columns have; a kill may leave some columns of a growing group longer.
+
+        None of a group that the file's version does not have.
+        """
         written = [column for column in columns if not self._lacks(column)]
         shapes = {column.name: self._data(f"{group}/{column.name}").shape for column in written}
         for name, shape in shapes.items():
             if len(shape) != 1 or not (growing or shape == shapes[columns[0].name]):
                 raise UserError("file", self._path, f"is damaged: column /{group}/{name} has shape {shape}")
-        return int(min(shape[0] for shape in shapes.values()))
+        return int(min((shape[0] for shape in shapes.values()), default=0))
 
     def table(self, group: str, columns: tuple[Column, ...], growing: bool) -> Block:
         """All columns of a group."""
@@ -218,7 +230,8 @@ class _Reader:
         block = {}
         for column in columns:
             if self._lacks(column):
-                block[column.name] = np.full(rows.stop - rows.start, column.default, column.dtype)
+                dtype = object if column.default is None else column.dtype
+                block[column.name] = np.full(max(rows.stop - rows.start, 0), column.default, dtype)
                 continue
             data = self._data(f"{group}/{column.name}")
             values = data.asstr()[rows] if column.kind is str else data[rows]

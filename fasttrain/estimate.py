@@ -7,7 +7,9 @@ threshold"; Wichmann & Hill 2001 for the lapse)::
     P(fit | n) = (1 - lapse) / (1 + (1 - 2 lapse) exp(s (ln n - m)))
 
 so that the *whole* probability, lapses included, is 1/2 at n = e^m = EMC50. The prior is flat in m, from a
-factor of four below n_min to a factor of four above n_max; log-normal in the slope s; falling in the lapse.
+factor of four below n_min to a factor of four above n_max; flat in ln s between ``SLOPES``; falling in the lapse.
+Flat in m and in ln s is the prior of a location and a scale under which Bayesian and frequentist intervals agree
+for continuous data (Berger 1985, section 3.3); how nearly they do for verdicts is measured in docs/measuring.md.
 Perfect separation (every n fits up to some n, none above) is the normal case: the likelihood then has no
 maximum, the posterior a width.
 """
@@ -20,9 +22,8 @@ import numpy as np
 
 from fasttrain.records import Censored, Estimate, Problem
 
-SLOPE_MEDIAN = 10.0
-SLOPE_LOG_SD = 0.9
-"""Prior of the slope, log-normal; measured slopes run from 3 at small widths to about 60."""
+SLOPES = (2.0, 100.0)
+"""Ends of the prior of the slope, flat in its logarithm; measured slopes run from 3 at small widths to about 60."""
 LAPSE_MOST = 0.2
 LAPSE_FALL = 4
 """Prior density of the lapse: proportional to (1 - lapse / LAPSE_MOST)^LAPSE_FALL, mean 0.033."""
@@ -33,6 +34,9 @@ _M_NODES = 49
 _SLOPE_NODES = 17
 _LEAST_SHARE = 1e-5  # of the largest node's mass: less shows in no quantile
 _MOST_MASS, _MOST_SLOPE_MASS = 0.06, 0.26  # of a single node, once the grid resolves the posterior
+
+_DIFFERENCE_NODES = 199
+_LEAST_INFORMATION = 0.25
 
 _MOST_EXPONENT = 60.0
 _FACTORS = 10  # of such exponents, their product stays within float64
@@ -76,23 +80,72 @@ class Posterior:
         """The m below which each share of the posterior lies."""
         return _quantile(self.m, self.weight.sum((1, 2)), shares)
 
+    def distribution(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rising points in ln EMC50, sixteen between two nodes, and the share of the posterior below each."""
+        return _cdf(self.m, self.weight.sum((1, 2)))
+
     def above(self, m: float) -> float:
         """P(ln EMC50 > m)."""
-        x, below = _cdf(self.m, self.weight.sum((1, 2)))
+        x, below = self.distribution()
         return 1.0 - float(np.interp(m, x, below))
+
+    def slope_at(self, share: float) -> float:
+        """The slope below which a share of the posterior lies."""
+        return math.exp(_quantile(self.log_slope, self.weight.sum((0, 2)), (share,))[0])
+
+    def slope_below(self, slope: float) -> float:
+        """P(slope < a value)."""
+        x, below = _cdf(self.log_slope, self.weight.sum((0, 2)))
+        return float(np.interp(math.log(slope), x, below))
 
     def below(self, other: "Posterior", bottom: float, top: float) -> float:
         """P(own ln EMC50 < the other's), the two independent; all beyond [bottom, top] counts as equal there."""
-        x, own = _cdf(self.m, self.weight.sum((1, 2)))
-        at, others = _cdf(other.m, other.weight.sum((1, 2)))
+        x, own = self.distribution()
+        at, others = other.distribution()
         mass = np.diff(np.interp(np.minimum(x, top), x, own))
         above = 1.0 - np.interp(np.maximum(x, bottom), at, others)
         return float((mass * (above[1:] + above[:-1])).sum() / 2.0)
 
+    def minus(self, other: "Posterior", *shares: float) -> list[float]:
+        """Quantiles of own ln EMC50 less the other's, the two taken as independent."""
+        nodes = (np.arange(_DIFFERENCE_NODES) + 0.5) / _DIFFERENCE_NODES
+        own, others = (np.array(post.quantile(*nodes)) for post in (self, other))
+        return np.quantile(np.subtract.outer(own, others), shares).tolist()
+
+    @property
+    def misfit(self) -> float:
+        """p-value of a test that P(fit | n) has the form of this model; 1 where the probes cannot tell.
+
+        A score test (Rao 1948) of one more term in the logit, the third Legendre polynomial in the fitted
+        probability, which has the shape of what is left where the curve falls in two steps or rises in between.
+        What a change of the model's own three parameters would explain is projected out.
+        """
+        counts = self.fits + self.fails
+        if not self.fits.any() or not self.fails.any():
+            return 1.0
+        m, slope, lapse = self.quantile(0.5)[0], self.slope, self.lapse
+        x = np.log(self.ns) - m
+        odds = np.exp(np.clip(slope * x, -_MOST_EXPONENT, _MOST_EXPONENT))
+        scaled = (1.0 - 2.0 * lapse) * odds
+        fit = (1.0 - lapse) / (1.0 + scaled)
+        by_logistic = (1.0 - lapse) * scaled / (1.0 + scaled) ** 2
+        by_lapse = (2.0 * (1.0 - lapse) * odds / (1.0 + scaled) - 1.0) / (1.0 + scaled)
+        variance = np.maximum(fit * (1.0 - fit), 1e-12)
+        tangents = np.stack([by_logistic, by_logistic * x, by_lapse], axis=1) / variance[:, None]
+        u = 2.0 * fit / (1.0 - lapse) - 1.0
+        term = (5.0 * u**3 - 3.0 * u) / 2.0
+        root = np.sqrt(counts * variance)
+        term -= tangents @ np.linalg.lstsq(root[:, None] * tangents, root * term, rcond=1e-9)[0]
+        information = float((counts * variance * term**2).sum())
+        if information < _LEAST_INFORMATION:
+            return 1.0
+        score = float(((self.fits - counts * fit) * term).sum())
+        return math.erfc(abs(score) / math.sqrt(2.0 * information))
+
     @property
     def slope(self) -> float:
         """Posterior median of s."""
-        return math.exp(_quantile(self.log_slope, self.weight.sum((0, 2)), (0.5,))[0])
+        return self.slope_at(0.5)
 
     @property
     def lapse(self) -> float:
@@ -132,8 +185,7 @@ def posterior(ns: Sequence[int], fits: Sequence[int], fails: Sequence[int], *, n
     order = np.argsort(np.asarray(ns, dtype=np.int64))
     n, k, f = (np.asarray(values, dtype=np.int64)[order] for values in (ns, fits, fails))
     m = np.linspace(math.log(n_min) - MARGIN, math.log(n_max) + MARGIN, _M_NODES)
-    centre, reach = math.log(SLOPE_MEDIAN), 3.0 * SLOPE_LOG_SD
-    log_slope = np.linspace(centre - reach, centre + reach, _SLOPE_NODES)
+    log_slope = np.linspace(math.log(SLOPES[0]), math.log(SLOPES[1]), _SLOPE_NODES)
     for _ in range(3):
         weight = _weight(n, k, f, m, log_slope, _PLACING_RULE)
         mass = weight.sum((1, 2))
@@ -194,6 +246,7 @@ def estimate(
         budget_spent=budget_spent,
         finished=finished,
         n_probes=int(post.fits.sum() + post.fails.sum()),
+        misfit_p=post.misfit,
     )
 
 
@@ -220,11 +273,10 @@ def _log_joint(
     log_slope: np.ndarray,
     lapse_rule: tuple[np.ndarray, np.ndarray],
 ) -> np.ndarray:
-    """Log of prior times likelihood, up to a constant, at every (m, log_slope, lapse).
+    """Log of prior times likelihood, up to a constant, at every (m, log_slope, lapse); flat in the first two.
 
     Elementwise operations and products over the first axis only: a BLAS product would change bits with alignment.
     """
-    prior = -0.5 * ((log_slope - math.log(SLOPE_MEDIAN)) / SLOPE_LOG_SD) ** 2
     odds = x[:, None, None] - m[:, None]
     odds = odds * np.exp(log_slope)
     # Beyond, log(1 + scale e^z) is z + log scale, which a failure has in both of its terms and a fit in one.
@@ -237,7 +289,7 @@ def _log_joint(
     by_fails, by_all = _equal_counts(odds, fails), _equal_counts(odds, fits + fails)
     for i, lapse in enumerate(lapses):
         scale = 1.0 - 2.0 * lapse
-        out[:, :, i] = fits.sum() * math.log1p(-lapse) + lapse_log_prior[i] + prior - beyond
+        out[:, :, i] = fits.sum() * math.log1p(-lapse) + lapse_log_prior[i] - beyond
         for count, some in by_fails:
             out[:, :, i] += count * np.log((scale * some + lapse).prod(0))
         for count, some in by_all:

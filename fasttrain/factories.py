@@ -47,7 +47,7 @@ def factory(name: str) -> Factory:
         found = importlib.import_module(module)
         for part in path.split("."):
             found = getattr(found, part)
-    except Exception as error:  # a module of the user's may raise anything
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
         raise UserError("arch", name, f"cannot be imported ({first_line(error)})") from None
     if not callable(found):
         raise UserError("arch", name, "is not a function; expected one of (width, depth, in_shape, classes)")
@@ -68,7 +68,7 @@ def source_digest(name: str) -> str:
         return ""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception is and the first line of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -13,16 +13,18 @@ _ROWS = 1024  # samples of a pass
 
 
 class Keeper:
-    """Looks at the parameters of fitted runs.
+    """Looks at the parameters of runs that have ended.
 
     Args:
         setting: what all runs share.
-        save_weights: whether the parameters are to be kept.
+        save_weights: whether the parameters of fitted runs are to be kept.
+        save_failed: whether those of the others are to be kept.
     """
 
-    def __init__(self, setting: Setting, save_weights: bool) -> None:
+    def __init__(self, setting: Setting, save_weights: bool, save_failed: bool = False) -> None:
         self._setting = setting
         self.save_weights = save_weights
+        self.save_failed = save_failed
         self._tests: dict[tuple[str, str, int], tuple[torch.Tensor, torch.Tensor] | None] = {}
 
     def wanted(self, run: Run) -> bool:

@@ -34,34 +34,38 @@ def lr_factor(schedule: str, warmup: int, budget: int, done: int) -> float:
     ``(done + 1) / warmup`` while ``done < warmup``. Then, with k = done - warmup and K = budget - warmup: 1 (constant),
     (1 + cos(pi k / K)) / 2 (cosine; Loshchilov and Hutter 2017), or 1 - k / K (linear), and what they are at K beyond
     it. It is what torch's LinearLR(start_factor=1 / warmup, total_iters=warmup - 1), then CosineAnnealingLR(T_max=K)
-    or LinearLR(1, 0, K), make in a SequentialLR with the milestone ``warmup``.
+    or LinearLR(1, 0, K), make in a SequentialLR with the milestone ``warmup``. A budget of at most ``warmup`` ends
+    before the warm-up does.
 
     Args:
         schedule: ``"constant"``, ``"cosine"`` or ``"linear"``.
-        warmup: steps, less than the budget.
-        budget: steps of a whole run, T.
+        warmup: steps.
+        budget: steps that the run may take, T.
         done: steps that were made before, from 0.
     """
     if done < warmup:
         return (done + 1) / warmup
-    share = min(1.0, (done - warmup) / (budget - warmup))
+    share = min(1.0, (done - warmup) / max(1, budget - warmup))
     if schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * share))
     return 1.0 - share if schedule == "linear" else 1.0
 
 
 class Rates(NamedTuple):
-    """What may differ between the models of a bucket, each float64 [E]."""
+    """What may differ between the models of a bucket, each float64 [E]; the budget is int64 [E], in steps."""
 
     lr: torch.Tensor
     momentum: torch.Tensor
     weight_decay: torch.Tensor
+    budget: torch.Tensor
 
     @classmethod
-    def of(cls, variants: Iterable[Variant]) -> "Rates":
-        """Those of one model a variant."""
-        table = [(v.lr, v.momentum, v.weight_decay) for v in variants]
-        return cls(*(torch.tensor(column, dtype=torch.float64) for column in zip(*table, strict=True)))
+    def of(cls, models: Iterable[tuple[Variant, int]]) -> "Rates":
+        """Those of models, each given by its variant and its budget."""
+        table = [(v.lr, v.momentum, v.weight_decay, budget) for v, budget in models]
+        *rates, budgets = zip(*table, strict=True)
+        lr, momentum, decay = (torch.tensor(column, dtype=torch.float64) for column in rates)
+        return cls(lr, momentum, decay, torch.tensor(budgets))
 
 
 class Optimizer(ABC):
@@ -70,7 +74,6 @@ class Optimizer(ABC):
     Args:
         variant: a variant of the bucket; its lr and momentum, and how large its weight decay is, are not used.
         layout: of the parameters.
-        budget: steps of a whole run.
 
     Attributes:
         state_names: names of the state arrays.
@@ -81,9 +84,9 @@ class Optimizer(ABC):
     state_names: tuple[str, ...] = ()
     decoupled = False
 
-    def __init__(self, variant: Variant, layout: Layout, budget: int) -> None:
+    def __init__(self, variant: Variant, layout: Layout) -> None:
         self._layout = layout
-        self._schedule, self._warmup, self._budget = variant.schedule, variant.warmup, budget
+        self._schedule, self._warmup = variant.schedule, variant.warmup
         self._clip, self._decays, self._nesterov = variant.clip, variant.weight_decay != 0.0, variant.nesterov
         self.accumulates = False
 
@@ -104,14 +107,23 @@ class Optimizer(ABC):
         """
         lr = rates.lr.expand(step.shape)
         if self._warmup or self._schedule != "constant":
-            at, where = torch.unique(step, return_inverse=True)
-            factor = [lr_factor(self._schedule, self._warmup, self._budget, t - 1) for t in at.tolist()]
-            lr = lr * torch.tensor(factor, dtype=torch.float64)[where]
+            lr = lr * self._lr_factors(step, rates.budget)
         columns = self.columns(step, lr, rates.momentum.expand(step.shape))
         if self._decays:
             decay = rates.weight_decay.expand(step.shape)
             columns.append(1.0 - lr * decay if self.decoupled else decay)
         return columns
+
+    def _lr_factors(self, step: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
+        """``lr_factor`` in the steps [S, E] of models with these budgets [E]; once for each (step, budget) there is."""
+        budgets, which = torch.unique(budget, return_inverse=True)
+        span = int(step.max()) + 1
+        pairs, where = torch.unique(which * span + step, return_inverse=True)
+        factors = [
+            lr_factor(self._schedule, self._warmup, int(budgets[pair // span]), pair % span - 1)
+            for pair in pairs.tolist()
+        ]
+        return torch.tensor(factors, dtype=torch.float64)[where]
 
     def accumulator(self, state: list[torch.Tensor], row: list[torch.Tensor]) -> torch.Tensor | None:
         """The state array that the coming gradient is to be added to, ready for it; None if there is none.
@@ -157,8 +169,8 @@ class SGD(Optimizer):
 
     state_names = ("momentum_buffer",)
 
-    def __init__(self, variant: Variant, layout: Layout, budget: int) -> None:
-        super().__init__(variant, layout, budget)
+    def __init__(self, variant: Variant, layout: Layout) -> None:
+        super().__init__(variant, layout)
         # The others need the gradient by itself.
         self.accumulates = not (self._clip or self._decays or self._nesterov)
 
@@ -236,8 +248,8 @@ class Shampoo(Optimizer):
 
     state_names = ("statistics", "inverse_roots")
 
-    def __init__(self, variant: Variant, layout: Layout, budget: int) -> None:
-        super().__init__(variant, layout, budget)
+    def __init__(self, variant: Variant, layout: Layout) -> None:
+        super().__init__(variant, layout)
         statistics: dict[str, tuple[int, ...]] = {}
         for name, shape in layout.shapes.items():
             for side, size in enumerate(_matrix(shape)):
@@ -302,8 +314,8 @@ class Muon(Optimizer):
     state_names = ("momentum_buffer", "exp_avg_sq")
     decoupled = True
 
-    def __init__(self, variant: Variant, layout: Layout, budget: int) -> None:
-        super().__init__(variant, layout, budget)
+    def __init__(self, variant: Variant, layout: Layout) -> None:
+        super().__init__(variant, layout)
         self._vectors = Layout({name: shape for name, shape in layout.shapes.items() if len(_matrix(shape)) == 1})
 
     @property
@@ -344,9 +356,9 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 }
 
 
-def make_optimizer(variant: Variant, layout: Layout, budget: int) -> Optimizer:
-    """The optimizer of a bucket, given a variant of it, the layout of its parameters and the steps of a run."""
-    return OPTIMIZERS[variant.optimizer](variant, layout, budget)
+def make_optimizer(variant: Variant, layout: Layout) -> Optimizer:
+    """The optimizer of a bucket, given a variant of it and the layout of its parameters."""
+    return OPTIMIZERS[variant.optimizer](variant, layout)
 
 
 def clip_(grads: torch.Tensor, limit: float) -> None:

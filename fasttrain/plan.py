@@ -1,11 +1,15 @@
 """Which probes can train together, how many at once, and what they take. Pure: no torch, nothing is allocated."""
 
 import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
 
 from fasttrain.data import DataInfo, available
+from fasttrain.data.prepare import ROWS, whole
 from fasttrain.errors import UserError
 from fasttrain.records import Problem
-from fasttrain.spec import FULL_BATCH, ScanSpec, Variant
+from fasttrain.spec import FULL_BATCH, ScanSpec, Variant, budget_steps
+from fasttrain.stopping import CHECKS
 
 _MOST_SLOTS = {"cpu": 64, "cuda": 1024}
 _SLOTS_OF_WORKER = 2  # so that a worker that has finished with one finds the next at once
@@ -14,6 +18,8 @@ _MUON_ROWS = 4  # of Newton-Schulz, for the largest matrix
 _SHAMPOO_LARGEST = 1024  # optim.SHAMPOO_LARGEST, which cannot be had without torch
 _SHAMPOO_RATIO = 16  # numbers of all statistics over parameters, where the shapes are not known here
 _PASS_ROWS = 128
+_LINE_BYTES = 64
+_GRADIENT_NUMBERS = 48 * 3 * 16  # of native, where a step takes one pass
 _CHECK_BYTES = 160  # of what is kept of a check while a run lasts
 
 
@@ -66,7 +72,91 @@ def default_n_max(params: int, info: DataInfo, labels: str = "random", inputs: s
     return most if most is not None else 4 * params
 
 
-def probe_bytes(problem: Problem, spec: ScanSpec, info: DataInfo, item: int, device: str = "cpu") -> int:
+def most_steps(problem: Problem, spec: ScanSpec) -> int:
+    """Optimizer steps that a run of a variant may take at whichever n allows most: an end of its range."""
+    return max(budget_steps(spec, problem.variant, n) for n in (problem.n_min, problem.n_max))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Trained:
+    """A variant and what trains it.
+
+    Attributes:
+        problem: the variant.
+        backend: its name, as ``backends.choose`` gave it.
+        key: of its bucket, as ``backends.together`` gave it.
+    """
+
+    problem: Problem
+    backend: str
+    key: Variant
+
+
+def data_bytes(trained: Sequence[Trained], info: DataInfo, item: int, device: str) -> int:
+    """Memory of the inputs that the runs of a scan share, beyond the data set as it was read, in bytes.
+
+    A pool is kept for all samples and for those to train on, each also with its features shuffled, as the labels and
+    inputs ask for (``data.prepare``). On a CPU it counts as it is kept, converted to the type that models train in, and
+    once more where a bucket joins the pools of its runs; on a GPU in every bucket. With true labels the samples
+    held out are kept in all three ways.
+
+    Args:
+        trained: the variants.
+        info: the data set.
+        item: bytes of a number, 4 or 8.
+        device: ``"cpu"`` or ``"cuda"``; the memory counted is that device's.
+    """
+    if info.size is None:
+        return 0
+    kept = 1 if info.pixels else 8
+    pools: set[_Pool] = set()
+    converted: set[_Pool] = set()
+    buckets: dict[tuple[str, Variant], set[_Pool | None]] = defaultdict(set)
+    tests: set[tuple[str, str, int]] = set()
+    for one in trained:
+        variant = one.problem.variant
+        pool = _Pool(whole(variant.labels) or info.official, variant.inputs == "shuffled")
+        pools |= {pool, dataclasses.replace(pool, shuffled=False)}  # shuffled ones are made of the others
+        buckets[one.backend, one.key].add(pool if variant.inputs != "gaussian" else None)
+        if not whole(variant.labels):
+            tests.add((variant.labels.partition(":")[0], variant.inputs, variant.classes))
+    count = info.test_size * len(tests) * item  # values of one feature, in bytes
+    for (backend, _), of_bucket in buckets.items():
+        own = of_bucket - {None}
+        raw = backend == "vmap" and info.pixels and len(of_bucket) == 1
+        if not raw and backend != "loop" and (info.pixels or item != 8):
+            converted |= own  # type: ignore[arg-type]  # None is out
+        copies = 0
+        if backend in ("vmap", "stacked"):
+            # A bucket's pools are joined anew when its runs change: those of the old, of the coming and of all runs.
+            copies = 3 if len(of_bucket) > 1 else int(device == "cuda")
+        elif backend == "triton":
+            copies = 2 if device == "cuda" else 0  # an arena that grows
+        count += copies * len(own) * info.size * (1 if raw else item)
+    if device == "cpu":
+        for pool in pools:
+            held = 0 if pool.whole and not info.official else info.test_size
+            in_place = info.pixels and not pool.shuffled  # the data set itself
+            count += kept * ((0 if in_place else info.size) + (0 if in_place and info.official else held))
+        count += len(converted) * info.size * item
+        if info.pixels:  # while they become numbers, a block at a time
+            count += (2 if converted else 1) * 8 * min(ROWS, info.size)
+        else:  # while it is standardised: the part to train on, and where channels are columns
+            count += (2 if info.image else 1) * 8 * info.size
+    return count * info.features
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Pool:
+    """What tells the pools of a data set apart."""
+
+    whole: bool  # standardised over all samples
+    shuffled: bool
+
+
+def probe_bytes(
+    problem: Problem, spec: ScanSpec, info: DataInfo, item: int, device: str = "cpu", backend: str = ""
+) -> int:
     """Memory of one running probe at its largest n, in bytes.
 
     Args:
@@ -75,11 +165,14 @@ def probe_bytes(problem: Problem, spec: ScanSpec, info: DataInfo, item: int, dev
         info: the data set.
         item: bytes of a number, 4 or 8.
         device: ``"cpu"`` or ``"cuda"``.
+        backend: which trains it: native pads its arrays, and the loop keeps each run's inputs.
     """
-    return sum(_parts(problem, spec, info, item, device).values())
+    return sum(_parts(problem, spec, info, item, device, backend).values())
 
 
-def _parts(problem: Problem, spec: ScanSpec, info: DataInfo, item: int, device: str) -> dict[str, int]:
+def _parts(
+    problem: Problem, spec: ScanSpec, info: DataInfo, item: int, device: str, backend: str = ""
+) -> dict[str, int]:
     """The same, by what takes it."""
     variant = problem.variant
     # The fused kernels of a GPU take a full batch at once, the others in passes.
@@ -88,15 +181,41 @@ def _parts(problem: Problem, spec: ScanSpec, info: DataInfo, item: int, device: 
     perceptron = info.features + 2 * (variant.depth + 1) * max(variant.width, variant.classes)
     activations = batch * (problem.elements or perceptron)
     state = optimizer_numbers(variant, info.features, problem.params)
-    block = min(spec.check_every, spec.steps)
+    numbers = _ROWS * problem.params + state + 2 * activations
+    if backend == "native":
+        numbers = max(numbers, _native_numbers(variant, info.features, item))
+    steps = most_steps(problem, spec)
+    block = min(spec.check_every, steps)
+    checks = -(-steps // spec.check_every)
+    if spec.budget is not None:
+        checks = max(checks, min(steps, 2 * CHECKS))  # every floor(steps / CHECKS) steps: fewer than twice as many
     drawn = available(info, variant.labels, variant.inputs) is None
-    own_data = problem.n_max * info.features * (8 + 3 * item) if drawn else 0
+    own_data = problem.n_max * info.features * (8 + 3 * item) if drawn or backend == "loop" else 0
     return {
-        "model": item * (_ROWS * problem.params + state + 2 * activations),
+        "model": item * numbers,
         "samples": 2 * 8 * problem.n_max + own_data,
         "indices": 4 * 8 * block * variant.batch_size,
-        "checks": _CHECK_BYTES * -(-spec.steps // spec.check_every),
+        "checks": _CHECK_BYTES * checks,
     }
+
+
+def _native_numbers(variant: Variant, features: int, item: int) -> int:
+    """What kernels/mlp.c takes for a model and the scratch of a thread, with Adam: rows of whole cache lines."""
+    line = _LINE_BYTES // item
+
+    def whole_lines(columns: int) -> int:
+        return -(-columns // line) * line
+
+    def pitch(columns: int) -> int:
+        return whole_lines(columns + 1) + line  # an odd number of lines
+
+    wide = whole_lines(variant.width)
+    hidden = (features + 1 + (variant.depth - 1) * (variant.width + 1)) * wide if variant.depth else 0
+    params = hidden + ((variant.width if variant.depth else features) + 1) * whole_lines(variant.classes)
+    largest = max(variant.width, variant.classes)
+    a_sample = pitch(features) + 2 * variant.depth * pitch(variant.width) + 2 * pitch(largest)
+    turned = (largest if variant.depth > 1 else variant.classes) * wide
+    return 4 * params + _PASS_ROWS * a_sample + turned + _GRADIENT_NUMBERS
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,15 +224,22 @@ class Plan:
 
     Attributes:
         slots: probes that train at once.
-        memory_bytes: estimated peak of all slots, in bytes.
+        model_bytes: estimated peak of one slot, in bytes.
+        data_bytes: what all of them share, in bytes.
     """
 
     slots: int
-    memory_bytes: int
+    model_bytes: int
+    data_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """Estimated peak of all, in bytes."""
+        return self.slots * self.model_bytes + self.data_bytes
 
 
 def make_plan(
-    problems: list[Problem],
+    trained: Sequence[Trained],
     spec: ScanSpec,
     info: DataInfo,
     *,
@@ -125,7 +251,7 @@ def make_plan(
     """Slots and memory.
 
     Args:
-        problems: the variants.
+        trained: the variants.
         spec: the scan.
         info: the data set.
         device: ``"cpu"`` or ``"cuda"``.
@@ -134,21 +260,27 @@ def make_plan(
         workers: threads, where each trains one model at a time; None where models train together.
 
     Raises:
-        UserError: a variant does not fit into memory even alone (two rows are the least that train together).
+        UserError: a variant does not fit into memory even alone (two rows are the least that train together), or not
+            beside the data.
     """
-    needs = ((probe_bytes(problem, spec, info, item, device), problem) for problem in problems)
+    needs = ((probe_bytes(one.problem, spec, info, item, device, one.backend), one) for one in trained)
     largest, culprit = max(needs, key=lambda pair: pair[0])
+    shared = data_bytes(trained, info, item, device)
     most = _MOST_SLOTS[device] if workers is None else _SLOTS_OF_WORKER * workers
-    slots = min(most, available // max(largest, 1))
+    slots = min(most, (available - shared) // max(largest, 1))
     if slots < 2:
-        option, value = _culprit(culprit, spec, info, device)
+        free = f"and {available / 2**30:,.1f} GiB are free"
+        if shared > 2 * largest:
+            taken = f"{spec.data} takes about {shared / 2**30:,.1f} GiB for these labels and inputs"
+            raise UserError("data", spec.data, f"{taken}, {free}; expected less data, or fewer of them")
+        option, value = _culprit(culprit.problem, spec, info, device)
         raise UserError(
             option,
             value,
-            f"a model of {culprit.params:,} parameters takes about {2 * largest / 2**30:,.1f} GiB to train, "
-            f"and {available / 2**30:,.1f} GiB are free; expected a smaller one",
+            f"a model of {culprit.problem.params:,} parameters takes about {2 * largest / 2**30:,.1f} GiB to train, "
+            f"{free}; expected a smaller one",
         )
-    return Plan(slots=slots, memory_bytes=slots * largest)
+    return Plan(slots, largest, shared)
 
 
 def _culprit(problem: Problem, spec: ScanSpec, info: DataInfo, device: str) -> tuple[str, object]:

@@ -28,7 +28,7 @@ _MESSAGES = {
     Outcome.FITTED: "every training sample was classified strictly right at a check",
     Outcome.PLATEAUED: "the best training loss fell by less than 10 % since half of the steps so far",
     Outcome.DIVERGED: "the training loss became NaN or infinite",
-    Outcome.OUT_OF_BUDGET: "the steps ran out while the loss was still falling",
+    Outcome.OUT_OF_BUDGET: "the steps ran out before every sample was right",
 }
 
 
@@ -60,8 +60,8 @@ class Probe:
     Attributes:
         variant: ``Problem.index``.
         n: training samples.
-        seed: 0, 1, 2, ... at each n; from ``spec.CONFIRM`` on where it confirms the winner of a race, from ``spec.SHORT``
-            on where it may take only a third of the budget.
+        seed: 0, 1, 2, ... at each n; from ``spec.CONFIRM`` on where it confirms the winner of a race, from
+            ``spec.SHORT`` on where it may take only a third of the budget.
         round: round of the search that asked for it; 0 is the bracket.
     """
 
@@ -103,7 +103,7 @@ class ProbeResult:
         train_loss: mean cross-entropy over the n samples at the last check, in nats.
         train_error: share of the n samples not strictly right at the last check.
         test_accuracy: share of the held-out samples classified right at the end of a fitted run; NaN where none was.
-        weights: parameters at the end of a fitted run by name, if they were to be kept.
+        weights: parameters at its end by name, if they were to be kept.
         history: its training curve.
         started: seconds after the start of the scan at which it took a slot.
         finished: seconds after the start of the scan at which it left.
@@ -129,6 +129,33 @@ class ProbeResult:
         return self.outcome is Outcome.FITTED
 
 
+@dataclass(frozen=True, slots=True)
+class Curvature:
+    """Where one training run ended (``curvature.measure``). NaN where it could not be had.
+
+    Attributes:
+        loss: mean cross-entropy over the n samples at its parameters, computed in float64, in nats.
+        gradient_norm: Euclidean norm of the gradient of that loss with respect to all parameters.
+        loss_slope: d ln loss / d ln step over the last half of its training curve.
+        lambda_min: smallest eigenvalue of the Hessian of that loss.
+        residual_min: |H v - lambda v| of it; an eigenvalue lies within.
+        lambda_max: largest eigenvalue.
+        residual_max: of it.
+        products: Hessian-vector products that this took.
+        converged: whether both residuals are at most 1e-5 of the larger |eigenvalue|.
+    """
+
+    loss: float
+    gradient_norm: float
+    loss_slope: float
+    lambda_min: float
+    residual_min: float
+    lambda_max: float
+    residual_max: float
+    products: int
+    converged: bool
+
+
 class Censored(enum.StrEnum):
     """Whether EMC50 lies outside of what could be measured."""
 
@@ -147,11 +174,16 @@ class Race(enum.StrEnum):
     WON = "won"
 
 
+MISFIT_P = 0.02
+"""An estimate's p-value of the test of its model below which it is flagged."""
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """EMC50 of one variant from its finished probes.
 
-    Of the winner of a race, all but the fields named ``race...`` come from its confirming probes alone.
+    Of the winner of a race, all but the fields named ``race...`` come from its confirming probes alone, ``third`` and
+    the elasticity from its short ones too.
 
     Attributes:
         variant: ``Problem.index``.
@@ -164,6 +196,11 @@ class Estimate:
         budget_spent: whether max_probes (or the last admissible seed) ended the search before the tolerance was met.
         finished: whether the search of this variant has ended.
         n_probes: finished probes behind the estimate.
+        misfit_p: p-value of a test that the verdicts follow the model (``Posterior.misfit``).
+        third: EMC50 at a third of the budget, its interval and the probes behind it; None where it is not measured.
+        elasticity: d ln EMC50 / d ln budget between the two budgets (posterior median); NaN without both.
+        elasticity_low: lower end of its interval, of the same content.
+        elasticity_high: upper end.
         race: where it stands: no race, running, dropped as clearly worse, lost at the end, or won.
         race_emc50: ``emc50`` from the race's own probes; NaN without a race. Of a winner it is too high.
         race_low: ``emc50_low`` from these.
@@ -180,7 +217,22 @@ class Estimate:
     budget_spent: bool
     finished: bool
     n_probes: int
+    misfit_p: float = 1.0
+    third: "Estimate | None" = None
+    elasticity: float = math.nan
+    elasticity_low: float = math.nan
+    elasticity_high: float = math.nan
     race: Race = Race.NONE
     race_emc50: float = math.nan
     race_low: float = math.nan
     race_high: float = math.nan
+
+    @property
+    def misfit(self) -> bool:
+        """Whether the verdicts contradict the model that the estimate rests on."""
+        return self.misfit_p < MISFIT_P
+
+    @property
+    def budget_limited(self) -> bool:
+        """Whether ten times the budget would add more than 10 % to EMC50, if the elasticity held that far."""
+        return self.elasticity > math.log(1.1) / math.log(10.0)

@@ -1,13 +1,15 @@
 """The loop that joins search, trainer and store, and what comes before it: the preparation of a scan."""
 
 import contextlib
+import dataclasses
+import itertools
 import os
 import signal
 import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,24 +19,29 @@ from fasttrain import factories, models
 from fasttrain.analysis import Results, load
 from fasttrain.backends import choose, configuration_text, make_backend, together
 from fasttrain.backends.base import Run, Setting
-from fasttrain.data import check, pool_bytes, provenance
+from fasttrain.curvature import check as check_curvature
+from fasttrain.curvature import choose as choose_measured
+from fasttrain.curvature import measure
+from fasttrain.data import check, provenance
+from fasttrain.designs import design_of, n_range, probes_of
 from fasttrain.errors import UserError
 from fasttrain.heldout import Keeper
 from fasttrain.machine import available_bytes, conditions, cores, resolve_device
 from fasttrain.models.matching import matched
-from fasttrain.plan import default_n_max, make_plan
-from fasttrain.records import Estimate, Probe, ProbeResult, Problem
+from fasttrain.plan import Plan, Trained, default_n_max, make_plan, most_steps
+from fasttrain.records import Curvature, Estimate, Probe, ProbeResult, Problem
 from fasttrain.search import Search, raced
-from fasttrain.spec import ARCHITECTURES, ScanSpec, Variant
+from fasttrain.spec import ARCHITECTURES, ScanSpec, Variant, budget_steps, budget_text, early_tells
+from fasttrain.stopping import StopRules
 from fasttrain.store import HDF5Store, MemoryStore, check_output
 from fasttrain.trainer import Trainer
 
 _REPORT_SECONDS = 0.25
 _COMMIT_SECONDS = 1.0
 _RATE_WINDOW_SECONDS = 5.0
-# A variant of the default scan takes about so many probes, and a probe about this share of its budget.
-_LIKELY_PROBES = 30
+# A probe of the default scan takes about this share of its budget.
 _LIKELY_SHARE = 0.6
+_LOOKED_AT = 16  # runs whose parameters are held until their curvature is measured, of each shape under way
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,8 @@ class Progress:
         slots_used: slots in use now.
         occupancy: share of the slots in use, averaged over all steps so far, 0 to 1.
         finished: whether this is the last snapshot.
+        to_measure: runs whose curvature is to be measured; 0 until the search has ended.
+        measured: of these, the runs that are done.
     """
 
     elapsed: float
@@ -73,6 +82,8 @@ class Progress:
     slots_used: int
     occupancy: float
     finished: bool
+    to_measure: int = 0
+    measured: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +92,11 @@ class Preview:
 
     Attributes:
         variants: index, settings, parameters and range of n of each variant.
-        memory_bytes: estimated peak of all slots, in bytes.
-        model_steps_most: optimizer steps if every probe were made and took its whole budget.
+        memory_bytes: estimated peak of all slots and the data, in bytes.
+        model_bytes: the part of it that one slot may take.
+        data_bytes: the part of it that all slots share.
+        model_steps_most: optimizer steps if every probe were made and took its whole budget, the largest that it has at
+            any n.
         seconds_most: time for those, at the speed measured now.
         seconds_likely: time for as many as scans usually take.
         slots: probes that would train at once.
@@ -94,6 +108,8 @@ class Preview:
 
     variants: tuple[Problem, ...]
     memory_bytes: int
+    model_bytes: int
+    data_bytes: int
     model_steps_most: int
     seconds_most: float
     seconds_likely: float
@@ -110,11 +126,15 @@ class Prepared:
 
     setting: Setting
     problems: list[Problem]
-    slots: int
-    memory_bytes: int
+    plan: Plan
     backends: tuple[str, ...]  # of every variant
     workers: int
     unmatched: tuple[str, ...]  # variants that match_params left out, and why
+
+    @property
+    def slots(self) -> int:
+        """Probes that train at once."""
+        return self.plan.slots
 
     def chosen(self, variant: Variant) -> str:
         """The backend that trains a variant."""
@@ -128,6 +148,32 @@ class Prepared:
         """The key of a variant's bucket."""
         return together(self.chosen(variant), variant)
 
+    def again(self, probes: Sequence[Probe]) -> Iterator[list[ProbeResult]]:
+        """Trains probes and gives, a turn at a time, those that have ended, with their parameters, fitted or not."""
+        trainer = Trainer(
+            self.setting,
+            self.problems,
+            self.make_backend,
+            self.slots,
+            workers=self.workers,
+            bucket=self.bucket,
+            keeper=Keeper(self.setting, save_weights=True, save_failed=True),
+        )
+        trainer.submit(probes)
+        try:
+            while not trainer.idle:
+                yield trainer.advance()
+        finally:
+            trainer.close()
+
+    def measured(self, results: Sequence[ProbeResult], between: Callable[[], None] = lambda: None) -> list[Curvature]:
+        """The curvature of runs of one shape; see ``curvature.measure``."""
+        variants = [self.problems[result.probe.variant].variant for result in results]
+        # What vmap cannot batch is trained by loop.
+        built_in = all(variant.arch in ARCHITECTURES for variant in variants)
+        batched = built_in or all(self.chosen(variant) != "loop" for variant in variants)
+        return measure(self.setting, variants, results, batched=batched, between=between)
+
 
 def scan(
     spec: ScanSpec,
@@ -135,6 +181,7 @@ def scan(
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     save_weights: bool = False,
+    curvature: int = 0,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Results:
     """Measures EMC50 of every variant of a spec.
@@ -146,6 +193,9 @@ def scan(
         out: HDF5 file to write while it runs; None keeps the results in memory.
         overwrite: whether ``out`` may replace a file.
         save_weights: whether the parameters of every fitted run are kept (``Results.weights``).
+        curvature: runs of each variant that are trained once more after the search, for the gradient norm, the slope of
+            the loss and the ends of the Hessian's spectrum where they ended (``Results.curvature``). It changes no
+            other number.
         on_progress: called a few times a second from the calling thread.
 
     Raises:
@@ -153,9 +203,13 @@ def scan(
             been written then.
         KeyboardInterrupt: on Ctrl-C; every finished probe is in ``out``, which is closed.
     """
+    if not isinstance(curvature, int) or isinstance(curvature, bool) or curvature < 0:
+        raise UserError("curvature", curvature, "expected a whole number of runs, 0 or more")
     if out is not None:
         check_output(out, overwrite)
     prepared = prepare(spec)
+    if curvature:
+        check_curvature(prepared.setting, [problem.variant for problem in prepared.problems])
     store = MemoryStore() if out is None else HDF5Store(out, overwrite)
     with numerics(prepared):
         stated = conditions(prepared.setting.device, prepared.backends, precision_name(spec), prepared.workers)
@@ -176,7 +230,7 @@ def scan(
     with numerics(prepared), _Interrupts() as interrupts:
         with interrupts.deferred():
             store.begin(spec, prepared.problems, {**stated, "slots": prepared.slots})
-        _Scan(spec, prepared, store, interrupts, on_progress, save_weights).run()
+        _Scan(spec, prepared, store, interrupts, on_progress, save_weights, curvature).run()
     return Results.from_memory(store) if isinstance(store, MemoryStore) else load(store.path)
 
 
@@ -188,16 +242,27 @@ def preview(spec: ScanSpec) -> Preview:
     """
     prepared = prepare(spec)
     with numerics(prepared):
-        of_each = {problem: _step_seconds(prepared, problem) * spec.steps for problem in prepared.problems}
-    races = [group for group in raced(prepared.problems) if len(group) > 1 and spec.lr_search == "race"]
+        step = {problem: _step_seconds(prepared, problem) for problem in prepared.problems}
+    races = [group for group in raced(prepared.problems) if len(group) > 1 and spec.races]
     # The winner of a race is searched once more.
-    seconds = sum(of_each.values()) + sum(max(map(of_each.__getitem__, group)) for group in races)
+    searched = [*prepared.problems, *(max(group, key=step.__getitem__) for group in races)]
+    raced_ones = {problem.index for group in races for problem in group}
+    # Short runs are of a winner, or of a variant that does not race.
+    work = [
+        _work(spec, problem, spec.shortens and (k >= len(prepared.problems) or problem.index not in raced_ones))
+        for k, problem in enumerate(searched)
+    ]
+    likely, most = (
+        sum(step[problem] * steps[i] for problem, steps in zip(searched, work, strict=True)) for i in (0, 1)
+    )
     return Preview(
         variants=tuple(prepared.problems),
-        memory_bytes=prepared.memory_bytes,
-        model_steps_most=(len(prepared.problems) + len(races)) * spec.max_probes * spec.steps,
-        seconds_most=seconds * spec.max_probes,
-        seconds_likely=seconds * min(_LIKELY_PROBES, spec.max_probes) * _LIKELY_SHARE,
+        memory_bytes=prepared.plan.memory_bytes,
+        model_bytes=prepared.plan.model_bytes,
+        data_bytes=prepared.plan.data_bytes,
+        model_steps_most=sum(steps for _, steps in work),
+        seconds_most=most,
+        seconds_likely=likely * _LIKELY_SHARE,
         slots=prepared.slots,
         device=str(prepared.setting.device),
         backend=",".join(sorted(set(prepared.backends))),
@@ -228,30 +293,31 @@ def prepare(spec: ScanSpec) -> Prepared:
     for index, variant in enumerate(variants):
         backends.append(choose(spec.backend, setting, variant))
         params = models.parameter_count(variant, info.shape)
-        n_max = spec.n_max or default_n_max(params, info, variant.labels, variant.inputs)
-        n_min = spec.n_min or min(2, n_max - 1)
-        if n_min >= n_max:
-            raise UserError("n_min", n_min, f"expected less than n-max, which is {n_max} here")
+        n_min, n_max = n_range(spec, params, default_n_max(params, info, variant.labels, variant.inputs))
         elements = 0 if models.is_perceptron(variant) else models.sample_elements(variant, info.shape)
         problems.append(Problem(index, variant, params, n_min, n_max, elements))
+        most = most_steps(problems[-1], spec)
+        if variant.warmup >= most and variant.warmup > 0:
+            what = f"expected less than the {most} steps that a run may take with {budget_text(spec)}"
+            raise UserError("warmup", variant.warmup, what)
     tried = {models.shaping(v): (v, backend) for v, backend in zip(variants, backends, strict=True)}
     for variant, backend in tried.values():
-        models.try_out(variant, info.shape, batched=backend != "loop")
+        models.try_out(variant, info.shape, batched=backend != "loop", dtype=dtype)
     threaded = any(
         backend == "native" or (backend == "vmap" and device.type == "cpu" and not models.is_perceptron(variant))
         for variant, backend in zip(variants, backends, strict=True)
     )
     workers = cores() if threaded else 1
     plan = make_plan(
-        problems,
+        [Trained(p, backend, together(backend, p.variant)) for p, backend in zip(problems, backends, strict=True)],
         spec,
         info,
         device=device.type,
         item=dtype.itemsize,
-        available=max(0, available_bytes(device) - pool_bytes(info, dtype.itemsize)),
+        available=available_bytes(device),
         workers=workers if set(backends) == {"native"} else None,
     )
-    return Prepared(setting, problems, plan.slots, plan.memory_bytes, tuple(backends), workers, tuple(unmatched))
+    return Prepared(setting, problems, plan, tuple(backends), workers, tuple(unmatched))
 
 
 def own_sources(spec: ScanSpec) -> str:
@@ -288,13 +354,35 @@ def numerics(prepared: Prepared) -> Iterator[None]:
         cudnn.allow_tf32, cudnn.deterministic = convolutions
 
 
+def _work(spec: ScanSpec, problem: Problem, short: bool) -> tuple[int, int]:
+    """Optimizer steps of a search of a variant: where each run takes its whole budget, likely and at most."""
+    likely, most = probes_of(spec, problem)
+    variant, n = problem.variant, _likely_n(problem)
+    shorter = budget_steps(spec, variant, n, short=True) if short else 0
+    longest = most_steps(problem, spec)
+    return (
+        likely * (budget_steps(spec, variant, n) + shorter),
+        most * (longest + (round(longest / 3) if short else 0)),
+    )
+
+
+def _likely_n(problem: Problem) -> int:
+    """An n at which a scan may well have probes."""
+    return min(problem.n_max, max(problem.n_min, problem.params // 2))
+
+
 def _step_seconds(prepared: Prepared, problem: Problem) -> float:
     """Seconds of one model-step of a variant, measured on as many models as a round has."""
-    backend = prepared.make_backend(prepared.setting, prepared.bucket(problem.variant))
-    n = min(problem.n_max, max(problem.n_min, problem.params // 2))
+    n = _likely_n(problem)
+    rules = StopRules.of(prepared.setting.spec, problem.variant, n)
+    steps = max(1, min(20, (rules.check_every - 1) // 2))
+    # The same checks, but no end of the budget while the clock runs.
+    budget = max(rules.steps, 100 * steps, problem.variant.warmup + 1)
+    timed = dataclasses.replace(prepared.setting.spec, budget=None, steps=budget, check_every=rules.check_every)
+    setting = dataclasses.replace(prepared.setting, spec=timed)
+    backend = prepared.make_backend(setting, prepared.bucket(problem.variant))
     models = min(8, prepared.slots)
-    state = backend.init([Run.of(prepared.setting, problem, Probe(problem.index, n, k)) for k in range(models)])
-    steps = max(1, min(20, (prepared.setting.spec.check_every - 1) // 2))
+    state = backend.init([Run.of(setting, problem, Probe(problem.index, n, k)) for k in range(models)])
     backend.run(state, steps)  # as many as are timed: a graph is recorded for a number of steps
     begin = time.perf_counter()
     report = backend.run(state, state.clock + steps)
@@ -354,12 +442,17 @@ class _Scan:
     interrupts: _Interrupts
     on_progress: Callable[[Progress], None] | None
     save_weights: bool
+    curvature: int
     search: Search = field(init=False)
     trainer: Trainer = field(init=False)
     begin: float = field(init=False)
     search_seconds: float = 0.0
     done: int = 0
     unwritten: list[ProbeResult] = field(default_factory=list)
+    ended: list[ProbeResult] = field(default_factory=list)  # in the order of their rows, if curvature is to be measured
+    to_measure: int = 0
+    measured: int = 0
+    curvature_seconds: float = 0.0
     written_at: float = 0.0
     reported_at: float = 0.0
     rate: deque[tuple[float, int]] = field(default_factory=deque)
@@ -368,13 +461,20 @@ class _Scan:
         """Until the search is done, or Ctrl-C; the store is complete and closed afterwards."""
         spec, problems = self.spec, self.prepared.problems
         self.begin = time.perf_counter()
+
+        def short_steps(problem: Problem, n: int) -> int:
+            return budget_steps(spec, problem.variant, n, short=True)
+
         self.search = Search(
             problems,
             seeds=spec.seeds,
             interval=spec.interval,
             tolerance=spec.tolerance,
             max_probes=spec.max_probes,
-            races=spec.lr_search == "race",
+            races=spec.races,
+            short_steps=short_steps if spec.shortens else None,
+            early_tells=early_tells(spec.check_every, 0 if spec.budget else spec.steps),
+            design=design_of(spec),
         )
         prepared = self.prepared
         self.trainer = Trainer(
@@ -392,6 +492,8 @@ class _Scan:
                 self.trainer.submit(self._searching(self.search.ask))
                 self._take(self.trainer.advance())
                 self.interrupts.check()
+            if self.curvature:
+                self._measure()
             status = "complete"
         finally:
             with self.interrupts.deferred():
@@ -412,12 +514,70 @@ class _Scan:
         if results:
             # The list first: an interrupt between the two must not lose a finished probe.
             self.unwritten.extend(results)
+            if self.curvature:
+                self.ended.extend(dataclasses.replace(result, weights=None) for result in results)
             self.done += len(results)
             self._searching(self.search.tell, results)
         if self.unwritten and now - self.written_at >= _COMMIT_SECONDS:
             with self.interrupts.deferred():
                 self._commit()
-        if now - self.reported_at >= _REPORT_SECONDS:
+        self._report_at_times()
+
+    def _measure(self) -> None:
+        """The curvature of some runs of each variant, which are trained once more: their parameters are gone."""
+        begin = time.perf_counter()
+        with self.interrupts.deferred():
+            self._commit()
+        rows = {result.probe: row for row, result in enumerate(self.ended)}
+        groups = self._to_measure()
+        self.to_measure = sum(map(len, groups))
+        arrived: dict[Probe, ProbeResult] = {}
+        different = 0
+        try:
+            for results in self.prepared.again(list(itertools.chain(*groups))):
+                self._between_products()
+                arrived.update((result.probe, result) for result in results)
+                # One group after the other, whichever is trained first: the order of the rows is not that of the clock.
+                while groups and all(probe in arrived for probe in groups[0]):
+                    found = [arrived.pop(probe) for probe in groups.pop(0)]
+                    # Only what is the run that the file has.
+                    same = [result for result in found if _same_end(result, self.ended[rows[result.probe]])]
+                    different += len(found) - len(same)
+                    curvatures = self.prepared.measured(same, self._between_products)
+                    measured = [(rows[result.probe], one) for result, one in zip(same, curvatures, strict=True)]
+                    with self.interrupts.deferred():
+                        self.store.put_curvature(measured)
+                    self.measured += len(found)
+        finally:
+            self.curvature_seconds = time.perf_counter() - begin
+        if different:
+            warnings.warn(
+                f"{different} of {self.to_measure} runs ended otherwise when they were trained again for their "
+                "curvature, and are left out: this machine does not give the same bits twice",
+                stacklevel=2,
+            )
+
+    def _to_measure(self) -> list[list[Probe]]:
+        """The runs to look at, in groups of one shape, in an order that follows from the results alone."""
+        by_variant: dict[int, list[ProbeResult]] = {}
+        for result in self.ended:
+            by_variant.setdefault(result.probe.variant, []).append(result)
+        by_shape: dict[Variant, list[Probe]] = {}
+        for problem, estimate in zip(self.prepared.problems, self.search.estimates(), strict=True):
+            chosen = choose_measured(estimate, by_variant.get(problem.index, []), self.curvature)
+            by_shape.setdefault(models.shaping(problem.variant), []).extend(result.probe for result in chosen)
+        return [
+            probes[start : start + _LOOKED_AT]
+            for probes in by_shape.values()
+            for start in range(0, len(probes), _LOOKED_AT)
+        ]
+
+    def _between_products(self) -> None:
+        self.interrupts.check()
+        self._report_at_times()
+
+    def _report_at_times(self) -> None:
+        if time.perf_counter() - self.begin - self.reported_at >= _REPORT_SECONDS:
             self._report(finished=False)
 
     def _commit(self) -> None:
@@ -438,6 +598,7 @@ class _Scan:
             "step_seconds": load.step_seconds,
             "check_seconds": load.check_seconds,
             "search_seconds": self.search_seconds,
+            "curvature_seconds": self.curvature_seconds,
         }
 
     def _report(self, finished: bool) -> None:
@@ -452,7 +613,7 @@ class _Scan:
         seconds, steps = (self.rate[-1][i] - self.rate[0][i] for i in (0, 1))
         speed = steps / seconds if seconds > 0 else 0.0
         left = None
-        if self.done and load.model_steps:
+        if self.done and load.model_steps and not self.to_measure:
             coming = sum(self.search.probes_left(problem.index) for problem in problems)
             left = coming * (load.model_steps / self.done) / (load.model_steps / now)
         estimates = self._searching(self.search.estimates)
@@ -472,5 +633,18 @@ class _Scan:
                 slots_used=self.trainer.running,
                 occupancy=load.occupancy,
                 finished=finished,
+                to_measure=self.to_measure,
+                measured=self.measured,
             )
         )
+
+
+def _same_end(again: ProbeResult, before: ProbeResult) -> bool:
+    """Whether a run made again ended as it did before."""
+    names = ("outcome", "steps", "train_loss", "train_error")
+    return all(same_value(getattr(again, name), getattr(before, name)) for name in names)
+
+
+def same_value(new: object, old: object) -> bool:
+    """Whether two values are equal, or both NaN."""
+    return new == old or (new != new and old != old)

@@ -30,6 +30,7 @@ class Purpose(enum.IntEnum):
     WEIGHTS = 4
     ORDER = 5
     FEATURES = 6
+    CURVATURE = 7
 
 
 def _sequence(scan_seed: int, seed: int, n: int, purpose: Purpose) -> np.random.SeedSequence:

@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ SCHEDULES = ("constant", "cosine", "linear")
 SCALINGS = ("product", "compound")
 NORMS = ("none", "batch")
 LR_SEARCHES = ("race", "all")
+SEARCHES = ("adaptive", "paper", "grid")
 BACKENDS = ("auto", "loop", "vmap", "stacked", "native", "triton")
 PRECISIONS = ("auto", "float32", "float64", "bf16x3", "tf32", "bf16")
 ROUNDED = ("bf16x3", "tf32", "bf16")
@@ -40,6 +42,10 @@ FULL_BATCH = 0
 
 # Longer lists are a typing error (1:10000000), not a scan, and would fill the memory before it is checked.
 _MOST_VALUES = 100_000
+_STEPS = 10_000
+# Largest counts of a budget. Epochs times samples must stay below 2^63.
+_MOST_UNITS = {"steps": 10**18, "epochs": 10**9, "samples": 10**18}
+_BUDGETS = "a whole number and its unit, such as 300epochs, 1e6samples or 10000steps"
 _INTEGERS = "whole numbers such as 4,8,16 or a range 4:64:4 or 2^3:2^8 (both ends included)"
 
 
@@ -123,7 +129,8 @@ class ScanSpec:
         optimizer: names in ``OPTIMIZERS``.
         lr: learning rates, each > 0 and finite.
         lr_search: with several learning rates, ``"race"`` drops those that are clearly worse and confirms the winner on
-            fresh seeds; ``"all"`` measures each to the end, as variants of their own.
+            fresh seeds; ``"all"`` measures each to the end, as variants of their own, as do searches but ``"adaptive"``
+            whatever is said here.
         momentum: of sgd and muon, in [0, 1).
         nesterov: whether that is Nesterov's; needs a momentum above 0.
         weight_decay: each >= 0.
@@ -133,15 +140,26 @@ class ScanSpec:
         label_smoothing: share of a label's weight that is spread over all classes, in [0, 1); in training only.
         init_scale: factor on the initial weights, > 0; biases stay zero.
         batch_size: samples a step, each >= 1, or ``"full"``.
-        steps: optimizer steps a probe may take (the budget).
-        check_every: steps between evaluations on the whole training set; the last step is always followed by one.
-        seeds: at most so many probes at one n of one variant.
-        n_min: smallest n tried; ``None`` is 2.
+        steps: optimizer steps a probe may take (the budget); of no account with a ``budget``.
+        budget: the same in epochs or in samples seen, ``"300epochs"`` or ``"1e6samples"``: a probe may take as many
+            steps as ``budget_steps`` says. ``"10000steps"`` is another way to set ``steps``; it is ``None`` then.
+        check_every: steps between evaluations on the whole training set; the last step is always followed by one. With
+            a ``budget``, at most: ``stopping.StopRules.of``.
+        elasticity: of adaptive, whether short probes measure EMC50 at a third of the budget too.
+        early_stop: whether runs that no longer get on (``plateaued``) are ended before their budget is used.
+        search: which runs are made: ``"adaptive"``, those that tell most of EMC50; ``"paper"``, for every seed a
+            growing n until the first failure (Shwartz-Ziv et al. 2024); ``"grid"``, all ``seeds`` at every ``n``.
+        growth: of paper, factor from one n to the next, > 1; n grows by at least 1.
+        n: of grid, the numbers of samples; ascending.
+        seeds: at most so many probes at one n of one variant; of paper, as many ladders; of grid, as many at every n.
+        n_min: smallest n tried; ``None`` is 2; of paper an eighth of the parameters, or of ``n_max`` where that is
+            less; of grid the first ``n``.
         n_max: largest n tried; ``None`` is the number of samples there are, or 4 times the parameters where any number
-            can be drawn.
+            can be drawn; of grid the last ``n``.
         interval: probability content of the reported interval, in (0, 1).
-        tolerance: a variant is done when its interval's half-width is at most this share of EMC50.
-        max_probes: at most so many probes a variant.
+        tolerance: of adaptive, a variant is done when its interval's half-width is at most this share of EMC50.
+        max_probes: of adaptive and paper, at most so many probes a variant; ``None`` is 96, of paper 100 a seed. Of
+            adaptive, as many again may confirm the winner of a race, and as many short ones may follow.
         seed: base of all randomness of the scan.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         backend: a name in ``BACKENDS``.
@@ -177,14 +195,20 @@ class ScanSpec:
     label_smoothing: float = 0.0
     init_scale: float = 1.0
     batch_size: tuple[int, ...] = (64,)
-    steps: int = 10_000
+    steps: int = _STEPS
+    budget: str | None = None
     check_every: int = 100
+    early_stop: bool = True
+    elasticity: bool = True
+    search: str = "adaptive"
+    growth: float = 1.1
+    n: tuple[int, ...] | None = None
     seeds: int = 16
     n_min: int | None = None
     n_max: int | None = None
     interval: float = 0.9
     tolerance: float = 0.1
-    max_probes: int = 96
+    max_probes: int = None  # type: ignore[assignment]  # a number once validated
     seed: int = 0
     device: str = "auto"
     backend: str = "auto"
@@ -193,6 +217,16 @@ class ScanSpec:
     def __post_init__(self) -> None:
         for name, value in _validated(self).items():
             object.__setattr__(self, name, value)
+
+    @property
+    def shortens(self) -> bool:
+        """Whether EMC50 is measured at a third of the budget too."""
+        return self.elasticity and self.search == "adaptive"
+
+    @property
+    def races(self) -> bool:
+        """Whether variants race that differ in their learning rate alone."""
+        return self.lr_search == "race" and self.search == "adaptive"
 
     def variants(self, classes: int) -> tuple[Variant, ...]:
         """The product of all lists, in the order of the fields, without repeats.
@@ -264,6 +298,8 @@ class ScanSpec:
             raise UserError("spec", text[:40], f"not JSON ({error})") from None
         if not isinstance(fields, dict):
             raise UserError("spec", text[:40], "expected a JSON object with the fields of ScanSpec")
+        if fields.get("steps") == _STEPS:  # as to_json writes it, beside a budget too
+            del fields["steps"]
         return cls.from_mapping(fields)
 
     @classmethod
@@ -271,7 +307,7 @@ class ScanSpec:
         """A spec from named fields (``check_every`` or ``check-every``); what is left out takes its default.
 
         Raises:
-            UserError: a field is unknown or out of its range.
+            UserError: a field is unknown or out of its range, or both ``steps`` and ``budget`` are given.
         """
         return cls(**spec_fields(fields))
 
@@ -279,6 +315,41 @@ class ScanSpec:
         """SHA-256 (hexadecimal) of the spec: equal for equal specs, on any machine."""
         canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def budget_steps(spec: ScanSpec, variant: Variant, n: int, short: bool = False) -> int:
+    """Optimizer steps that one run may take, at least 1.
+
+    ``steps`` as they are; E epochs are ceil(E n / B) steps and S samples ceil(S / B), with B the batch size, n for the
+    full batch. A short run may take a third of these, to the nearest whole number (a third is never half-way).
+
+    Args:
+        spec: the scan.
+        variant: what is trained.
+        n: training samples.
+        short: whether it is a ``records.Probe`` that is ``short``.
+    """
+    steps = spec.steps
+    if spec.budget is not None:
+        count, unit = _parsed_budget(spec.budget)
+        batch = n if variant.batch_size == FULL_BATCH else variant.batch_size
+        steps = -(-count * (n if unit == "epochs" else 1) // batch)
+    return max(1, (steps + 1) // 3) if short else steps
+
+
+def early_tells(check_every: int, steps: int) -> bool:
+    """Whether a full run's checks show if it had fitted within a third of its budget: ten of them or more by then.
+
+    Args:
+        check_every: steps between checks.
+        steps: budget of a full run; 0 if that depends on n, and then checks are dense enough.
+    """
+    return steps == 0 or 10 * check_every <= (steps + 1) // 3
+
+
+def budget_text(spec: ScanSpec) -> str:
+    """The budget of a full run as ``--budget`` takes it: ``10000steps``, ``300epochs``, ``1000000samples``."""
+    return spec.budget or f"{spec.steps}steps"
 
 
 def default_heads(width: int) -> int:
@@ -290,7 +361,8 @@ def spec_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The same fields under their Python names.
 
     Raises:
-        UserError: a name that ``ScanSpec`` does not have, or one given twice (``n-max`` and ``n_max``).
+        UserError: a name that ``ScanSpec`` does not have, one given twice (``n-max`` and ``n_max``), or both ``steps``
+            and ``budget``.
     """
     known = [field.name for field in dataclasses.fields(ScanSpec)]
     out: dict[str, Any] = {}
@@ -301,6 +373,8 @@ def spec_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         if name in out:
             raise UserError("spec", key, "given twice")
         out[name] = value
+    if out.get("budget") is not None and "steps" in out:
+        raise _both(out["budget"], out["steps"])
     return out
 
 
@@ -444,6 +518,23 @@ def _whole_from(least: int) -> str:
     return f"{_INTEGERS}, each at least {least}"
 
 
+def _both(budget: object, steps: object) -> UserError:
+    return UserError("budget", budget, f"steps={steps} is given too; expected one of the two")
+
+
+def _parsed_budget(value: object) -> tuple[int, str]:
+    """A number of at least 1, and ``"steps"``, ``"epochs"`` or ``"samples"``."""
+    pattern = r"\s*(\d{1,19}(?:\.\d{1,18})?(?:[eE]\+?\d{1,2})?)\s*(step|epoch|sample)s?\s*"
+    match = re.fullmatch(pattern, value) if isinstance(value, str) else None
+    count = Fraction(match[1]) if match else Fraction(0)
+    if match is None or count < 1 or count.denominator != 1:
+        raise UserError("budget", value, f"expected {_BUDGETS}")
+    unit = f"{match[2]}s"
+    if count > _MOST_UNITS[unit]:
+        raise UserError("budget", value, f"expected at most {_MOST_UNITS[unit]:,} {unit}")
+    return count.numerator, unit
+
+
 def _batch(value: object) -> int:
     if value in ("full", FULL_BATCH) and not isinstance(value, bool):
         return FULL_BATCH
@@ -469,18 +560,26 @@ def _validated(spec: ScanSpec) -> dict[str, Any]:
     n_max = None if spec.n_max is None else _integer("n_max", spec.n_max, 2)
     if n_min is not None and n_max is not None and n_min >= n_max:
         raise UserError("n_min", n_min, f"expected less than n-max, which is {n_max}")
-    steps = _integer("steps", spec.steps, 1)
+    steps, budget = _integer("steps", spec.steps, 1), None
+    if spec.budget is not None:
+        count, unit = _parsed_budget(spec.budget)
+        if steps != _STEPS:
+            raise _both(spec.budget, steps)
+        steps, budget = (count, None) if unit == "steps" else (steps, f"{count}{unit}")
     check_every = _integer("check_every", spec.check_every, 1)
     seeds = _integer("seeds", spec.seeds, 1)
     if seeds >= CONFIRM:
         raise UserError("seeds", seeds, f"expected at most {CONFIRM - 1}; later seeds confirm learning rates")
+    search = _choice("search", spec.search, SEARCHES)
+    n = _grid(spec.n, search, n_min, n_max)
+    probes = {"adaptive": 96, "paper": 100 * seeds, "grid": len(n or ()) * seeds}[search]
     arch = [spec.arch] if callable(spec.arch) else _values("arch", spec.arch)
     zero_up = "a number of at least 0, such as 0.0005"
     nesterov = _flag("nesterov", spec.nesterov)
     if nesterov and momentum == 0.0:
         raise UserError("nesterov", "true", "needs a momentum above 0")
     warmup = _integer("warmup", spec.warmup, 0)
-    if warmup >= steps and warmup > 0:
+    if budget is None and warmup >= steps and warmup > 0:
         raise UserError("warmup", warmup, f"expected less than steps, which is {steps}")
     fields = {
         "arch": _unique(map(_arch, arch)),
@@ -513,19 +612,25 @@ def _validated(spec: ScanSpec) -> dict[str, Any]:
         "init_scale": _number("init_scale", spec.init_scale, 0.0, math.inf, "a number above 0, such as 1"),
         "batch_size": _unique(_batch(value) for value in _values("batch_size", spec.batch_size)),
         "steps": steps,
+        "budget": budget,
         "check_every": check_every,
+        "early_stop": _flag("early_stop", spec.early_stop),
+        "elasticity": _flag("elasticity", spec.elasticity),
+        "search": search,
+        "growth": _number("growth", spec.growth, 1.0, math.inf, "a number above 1, such as 1.1"),
+        "n": n,
         "seeds": seeds,
         "n_min": n_min,
         "n_max": n_max,
         "interval": _number("interval", spec.interval, 0.0, 1.0, "a number between 0 and 1, such as 0.9"),
         "tolerance": _number("tolerance", spec.tolerance, 0.0, math.inf, "a number above 0, such as 0.1"),
-        "max_probes": _integer("max_probes", spec.max_probes, 1),
+        "max_probes": probes if spec.max_probes is None else _integer("max_probes", spec.max_probes, 1),
         "seed": _integer("seed", spec.seed, 0),
         "backend": _choice("backend", spec.backend, BACKENDS),
         "precision": _choice("precision", spec.precision, PRECISIONS),
     }
     _shapes(fields)
-    lists = {name: len(value) for name, value in fields.items() if isinstance(value, tuple)}
+    lists = {name: len(value) for name, value in fields.items() if isinstance(value, tuple) and name != "n"}
     if math.prod(lists.values()) > _MOST_VALUES:
         longest = max(lists, key=lists.__getitem__)
         raise UserError(
@@ -534,6 +639,23 @@ def _validated(spec: ScanSpec) -> dict[str, Any]:
             f"the lists span {math.prod(lists.values())} variants; expected at most {_MOST_VALUES}",
         )
     return fields
+
+
+def _grid(given: object, search: str, n_min: int | None, n_max: int | None) -> tuple[int, ...] | None:
+    """The n of a grid, ascending, all within the bounds; None for other searches."""
+    if search != "grid":
+        if given is not None:
+            raise UserError("n", given, f"goes with --search grid only, and the search is {search}")
+        return None
+    if given is None:
+        raise UserError("search", search, "needs --n, the numbers of samples to try, such as --n 100,200,300")
+    n = tuple(sorted(_integers("n", given, 1)))
+    for value in n:
+        if n_min is not None and value < n_min:
+            raise UserError("n", value, f"expected at least n-min, which is {n_min}")
+        if n_max is not None and value > n_max:
+            raise UserError("n", value, f"expected at most n-max, which is {n_max}")
+    return n
 
 
 def _shapes(fields: Mapping[str, Any]) -> None:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from fasttrain.records import History, Outcome
+from fasttrain.spec import ScanSpec, Variant, budget_steps
 
 PLATEAU_AFTER = 0.1  # share of the budget before which no run is called a plateau
 PLATEAU_RATIO = 0.9  # best loss now over best loss at half of the steps so far, above which it is one
+CHECKS = 100
+"""Checks that a run has at least, where its budget is given in epochs or samples and has so many steps."""
 _HISTORY_POINTS = 64
 
 
@@ -20,10 +23,34 @@ class StopRules:
     Attributes:
         steps: optimizer steps it may take.
         check_every: steps between checks; there is one at the last step too.
+        early_stop: whether a plateau ends it.
     """
 
     steps: int
     check_every: int
+    early_stop: bool = True
+
+    @classmethod
+    def of(cls, spec: ScanSpec, variant: Variant, n: int, short: bool = False) -> "StopRules":
+        """Those of a run; all of them follow from its own budget, as if the scan had been asked with that.
+
+        With a budget in steps checks come every ``check_every`` steps. One in epochs or samples may be few steps: there
+        they come every min(check_every, max(1, steps // 100)).
+
+        Args:
+            spec: the scan.
+            variant: what is trained.
+            n: training samples.
+            short: whether it may take a third of the budget only.
+        """
+        steps = budget_steps(spec, variant, n, short)
+        every = spec.check_every if spec.budget is None else min(spec.check_every, max(1, steps // CHECKS))
+        return cls(steps, every, spec.early_stop)
+
+    @property
+    def plateau_after(self) -> int:
+        """The first step at which a check may call the run a plateau; beyond the budget if none may."""
+        return math.ceil(PLATEAU_AFTER * self.steps) if self.early_stop else self.steps + 1
 
     def next_check(self, step: int) -> int:
         """The first step after ``step`` at which the run is checked."""
@@ -61,7 +88,7 @@ class Monitor:
             return Outcome.DIVERGED
         if wrong == 0:
             return Outcome.FITTED
-        if step >= PLATEAU_AFTER * self.rules.steps and self._flat(step):
+        if step >= self.rules.plateau_after and self._flat(step):
             return Outcome.PLATEAUED
         return Outcome.OUT_OF_BUDGET if step >= self.rules.steps else None
 

@@ -15,8 +15,8 @@ import h5py
 import numpy as np
 
 from fasttrain.errors import UserError
-from fasttrain.records import Censored, Estimate, ProbeResult, Problem
-from fasttrain.spec import ScanSpec
+from fasttrain.records import Censored, Curvature, Estimate, ProbeResult, Problem
+from fasttrain.spec import ScanSpec, budget_steps, budget_text
 
 SCHEMA_VERSION = 3
 """Attribute ``schema_version`` of the files written; raised when something moves, changes its meaning or is added
@@ -34,6 +34,7 @@ TIMING_ATTRIBUTES = (
     "step_seconds",
     "check_seconds",
     "search_seconds",
+    "curvature_seconds",
     "occupancy",
 )
 """Root attributes that differ between two runs of one scan: the clock, and the speeds and load of a summary."""
@@ -42,7 +43,7 @@ Attribute = str | int | float
 
 
 class Store(Protocol):
-    """What a scan writes to: ``begin``, ``append`` and ``put_curves`` in any order, ``finish``, ``close``."""
+    """What a scan writes to: ``begin``; ``append``, ``put_curves`` and ``put_curvature``; ``finish``, ``close``."""
 
     def begin(self, spec: ScanSpec, problems: Sequence[Problem], conditions: Mapping[str, Attribute]) -> None:
         """Start a scan: keep its spec, its variants and the conditions it runs under.
@@ -67,6 +68,13 @@ class Store(Protocol):
             ValueError: not exactly one estimate for each variant.
         """
 
+    def put_curvature(self, measured: Sequence[tuple[int, Curvature]]) -> None:
+        """Commit the curvature of probes: for each, its row in ``/probes`` and what was measured.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+
     def finish(self, status: str, summary: Mapping[str, Attribute]) -> None:
         """Set the status, ``"complete"`` or ``"interrupted"``, the end time and the summary's attributes."""
 
@@ -84,7 +92,8 @@ class Column:
         source: where a row has the value; for /history the whole array.
         description: what it means, in a line.
         units: ``"1"`` where dimensionless, empty for text.
-        default: of all rows of a file of a schema version below ``since``, which lacks the column.
+        default: of all rows of a file of a schema version below ``since``, which lacks the column; None where it
+            follows from the spec (``analysis.load``).
         since: the first schema version that has it.
     """
 
@@ -106,6 +115,12 @@ class Column:
 _DTYPES = {int: np.dtype("<i8"), float: np.dtype("<f8"), bool: np.dtype("i1"), str: h5py.string_dtype()}
 
 
+def _unknown(variant: int) -> Estimate:
+    """An estimate from no probe."""
+    nothing = (math.nan,) * 5
+    return Estimate(variant, *nothing, Censored.NO, False, False, 0, misfit_p=math.nan)
+
+
 @dataclass(frozen=True, slots=True)
 class _Curve:
     """What a row of /curves is made of."""
@@ -115,8 +130,29 @@ class _Curve:
     estimate: Estimate
 
     @property
+    def growth(self) -> float:
+        return self.spec.growth if self.spec.search == "paper" else math.nan
+
+    @property
+    def third(self) -> Estimate:
+        """That at a third of the budget, empty where there is none."""
+        return self.estimate.third or _unknown(self.problem.index)
+
+    @property
     def per_param(self) -> float:
         return self.estimate.emc50 / self.problem.params if self.problem.params else math.nan
+
+    @property
+    def budget(self) -> str:
+        return budget_text(self.spec)
+
+    @property
+    def steps_budget(self) -> int:
+        """0 where it depends on n."""
+        least, most = (
+            budget_steps(self.spec, self.problem.variant, n) for n in (self.problem.n_min, self.problem.n_max)
+        )
+        return least if least == most else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +163,12 @@ class _Run:
     problem: Problem
     result: ProbeResult
     history_start: int
+    spec: ScanSpec
+
+    @property
+    def steps_budget(self) -> int:
+        probe = self.result.probe
+        return budget_steps(self.spec, self.problem.variant, probe.n, probe.short)
 
     @property
     def history_count(self) -> int:
@@ -135,6 +177,15 @@ class _Run:
     @property
     def samples(self) -> np.ndarray:
         return np.arange(self.history_start, self.history_start + self.history_count)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What a row of /curvature is made of."""
+
+    number: int
+    probe: int
+    curvature: Curvature
 
 
 _SETTINGS = (
@@ -188,6 +239,27 @@ _ESTIMATES = (
     Column("budget_spent", bool, "estimate.budget_spent", "1 if the probes ran out before the tolerance"),
     Column("finished", bool, "estimate.finished", "1 if the search of the variant has ended"),
     Column("n_probes", int, "estimate.n_probes", "finished probes behind the estimate"),
+    Column(
+        "misfit_p", float, "estimate.misfit_p", "p-value of a test that the runs follow the model", "1", math.nan, 3
+    ),
+    Column("misfit", bool, "estimate.misfit", "1 if they contradict it", "1", False, 3),
+    Column("emc50_third", float, "third.emc50", "emc50 at a third of the budget; NaN if unknown", "1", math.nan, 3),
+    Column("emc50_third_low", float, "third.emc50_low", "lower end of its interval", "1", math.nan, 3),
+    Column("emc50_third_high", float, "third.emc50_high", "upper end of its interval", "1", math.nan, 3),
+    Column("censored_third", str, "third.censored", "as censored, at a third of the budget", "", "no", 3),
+    Column("n_probes_third", int, "third.n_probes", "runs behind it, those at the full budget included", "1", 0, 3),
+    Column("elasticity", float, "estimate.elasticity", "d ln emc50 / d ln budget; NaN if unknown", "1", math.nan, 3),
+    Column("elasticity_low", float, "estimate.elasticity_low", "lower end of its interval", "1", math.nan, 3),
+    Column("elasticity_high", float, "estimate.elasticity_high", "upper end of its interval", "1", math.nan, 3),
+    Column(
+        "budget_limited",
+        bool,
+        "estimate.budget_limited",
+        "1 if the elasticity says that ten times the budget adds more than 10 %",
+        "1",
+        False,
+        3,
+    ),
     Column("race", str, "estimate.race", "of its learning rate: running, dropped, lost or won; empty: none", "", "", 2),
     Column(
         "race_emc50",
@@ -219,9 +291,12 @@ CURVES = (
     Column("n_min", int, "problem.n_min", "smallest number of samples that may be tried"),
     Column("n_max", int, "problem.n_max", "largest number of samples that may be tried"),
     Column("data", str, "spec.data", "data set", ""),
-    Column("steps_budget", int, "spec.steps", "optimizer steps that a probe may take"),
-    Column("check_every", int, "spec.check_every", "steps between checks on the whole training set"),
-    Column("max_probes", int, "spec.max_probes", "at most so many probes a variant"),
+    Column("steps_budget", int, "steps_budget", "optimizer steps that a full probe may take; 0 if it depends on n"),
+    Column("budget", str, "budget", "what a full probe may take, in steps, epochs or samples", "", since=3),
+    Column("check_every", int, "spec.check_every", "steps between checks on the whole training set, at most"),
+    Column("search", str, "spec.search", "which runs were made: adaptive, paper or grid", "", "adaptive", 3),
+    Column("growth", float, "growth", "factor from one n of a ladder to the next; NaN if none", "1", math.nan, 3),
+    Column("max_probes", int, "spec.max_probes", "at most so many probes a variant; not of a grid"),
     Column("interval", float, "spec.interval", "probability content of emc50_low to emc50_high"),
     Column("tolerance", float, "spec.tolerance", "half-width of it, as a share of emc50, that is enough"),
     *_ESTIMATES,
@@ -230,9 +305,12 @@ PROBES = (
     Column("probe", int, "number", "index of the probe, in the order in which they finished"),
     *_SETTINGS,
     Column("n", int, "result.probe.n", "training samples"),
-    Column("seed", int, "result.probe.seed", "0, 1, 2, ... at each n; from 2^20 on it confirms a race's winner"),
+    Column(
+        "seed", int, "result.probe.seed", "0, 1, 2, ... at each n; from 2^20 on it confirms, from 2^21 on it is short"
+    ),
     Column("round", int, "result.probe.round", "round of the search that asked for it; 0 is the bracket"),
     Column("outcome", str, "result.outcome", "fitted, plateaued, diverged or out_of_budget", ""),
+    Column("steps_budget", int, "steps_budget", "optimizer steps that it might take", since=3),
     Column("steps", int, "result.steps", "optimizer steps taken"),
     Column("fit_step", int, "result.fit_step", "step of the first fit; -1 if there was none"),
     Column("train_error", float, "result.train_error", "share of the n samples not strictly right at the end"),
@@ -257,7 +335,28 @@ HISTORY = (
     Column("train_loss", float, "result.history.train_loss", "mean cross-entropy over the n samples", "nat"),
     Column("train_accuracy", float, "result.history.train_accuracy", "share of the n samples strictly right"),
 )
-GROUPS = {"curves": CURVES, "probes": PROBES, "history": HISTORY}
+CURVATURE = (
+    Column("row", int, "number", "index of the row", since=3),
+    Column("probe", int, "probe", "index of the probe: its row in /probes", since=3),
+    Column(
+        "loss", float, "curvature.loss", "mean cross-entropy over the n samples at the end, in float64", "nat", since=3
+    ),
+    Column("gradient_norm", float, "curvature.gradient_norm", "norm of its gradient, all parameters", "nat", since=3),
+    Column("loss_slope", float, "curvature.loss_slope", "d ln loss / d ln step, last half of the curve", since=3),
+    Column("lambda_min", float, "curvature.lambda_min", "smallest eigenvalue of the loss's Hessian", "nat", since=3),
+    Column(
+        "residual_min", float, "curvature.residual_min", "|H v - lambda v|; an eigenvalue is within", "nat", since=3
+    ),
+    Column("lambda_max", float, "curvature.lambda_max", "largest eigenvalue of the loss's Hessian", "nat", since=3),
+    Column(
+        "residual_max", float, "curvature.residual_max", "|H v - lambda v|; an eigenvalue is within", "nat", since=3
+    ),
+    Column("products", int, "curvature.products", "Hessian-vector products that it took", since=3),
+    Column(
+        "converged", bool, "curvature.converged", "1 if both residuals are at most 1e-5 of the larger |lambda|", since=3
+    ),
+)
+GROUPS = {"curves": CURVES, "probes": PROBES, "history": HISTORY, "curvature": CURVATURE}
 """The columns of each group; the first is its dimension scale and equals the row number."""
 
 WEIGHTS = "weights"
@@ -271,7 +370,7 @@ class _TableStore(ABC):
     """The records as rows of tables; a subclass keeps the tables."""
 
     def __init__(self) -> None:
-        self._rows = {"probes": 0, "history": 0}
+        self._rows = {"probes": 0, "history": 0, "curvature": 0}
 
     def begin(self, spec: ScanSpec, problems: Sequence[Problem], conditions: Mapping[str, Attribute]) -> None:
         if [problem.index for problem in problems] != list(range(len(problems))):
@@ -286,14 +385,13 @@ class _TableStore(ABC):
             "spec_digest": spec.digest(),
         }
         self._reserved = frozenset(own)
-        unknown = (math.nan,) * 5
-        curves = [_Curve(spec, p, Estimate(p.index, *unknown, Censored.NO, False, False, 0)) for p in problems]
+        curves = [_Curve(spec, problem, _unknown(problem.index)) for problem in problems]
         self._create(spec.to_json(), {**own, **self._checked(conditions)}, _block(CURVES, curves))
 
     def append(self, results: Sequence[ProbeResult]) -> None:
         runs, start = [], self._rows["history"]
         for index, result in enumerate(results, self._rows["probes"]):
-            runs.append(_Run(index, self._problems[result.probe.variant], result, start))
+            runs.append(_Run(index, self._problems[result.probe.variant], result, start, self._spec))
             start += len(result.history.step)
         if not runs:
             return
@@ -304,7 +402,7 @@ class _TableStore(ABC):
         self._write("history", self._rows["history"], _joined(HISTORY, runs))
         self._write("probes", self._rows["probes"], _block(PROBES, runs))
         self._flush()
-        self._rows = {"probes": self._rows["probes"] + len(runs), "history": start}
+        self._rows |= {"probes": self._rows["probes"] + len(runs), "history": start}
 
     def put_curves(self, estimates: Sequence[Estimate]) -> None:
         by_variant = {estimate.variant: estimate for estimate in estimates}
@@ -313,6 +411,13 @@ class _TableStore(ABC):
         rows = [_Curve(self._spec, problem, by_variant[problem.index]) for problem in self._problems]
         self._write("curves", 0, _block(_ESTIMATES, rows))
         self._flush()
+
+    def put_curvature(self, measured: Sequence[tuple[int, Curvature]]) -> None:
+        first = self._rows["curvature"]
+        rows = [_Measured(number, *one) for number, one in enumerate(measured, first)]
+        self._write("curvature", first, _block(CURVATURE, rows))
+        self._flush()
+        self._rows["curvature"] = first + len(rows)
 
     def finish(self, status: str, summary: Mapping[str, Attribute]) -> None:
         if status not in ("complete", "interrupted"):
@@ -366,7 +471,7 @@ class MemoryStore(_TableStore):
         self._lists: dict[str, dict[str, list[Any]]] = {}
 
     def block(self, group: str) -> Block:
-        """A copy of all columns of ``"curves"``, ``"probes"`` or ``"history"``, in the types of the file."""
+        """A copy of all columns of one of ``GROUPS``, in the types of the file."""
         return {c.name: _array(c, self._lists[group][c.name]) for c in GROUPS[group]}
 
     def close(self) -> None:
@@ -438,7 +543,7 @@ class HDF5Store(_TableStore):
     def _create_group(self, group: str, rows: int | None) -> None:
         """A group of empty columns; ``rows`` is their length for ever, ``None`` lets them grow."""
         assert self._file is not None
-        chunks = {"probes": (256,), "history": (1024,)}.get(group)
+        chunks = {"probes": (256,), "history": (1024,), "curvature": (64,)}.get(group)
         parent = self._file.create_group(group, track_order=True)
         columns = self._columns[group] = {}
         for column in GROUPS[group]:
@@ -539,7 +644,7 @@ def _array(column: Column, values: Any) -> np.ndarray:
     return np.asarray(values, dtype=column.dtype)
 
 
-def _block(columns: Sequence[Column], rows: Sequence[_Curve] | Sequence[_Run]) -> Block:
+def _block(columns: Sequence[Column], rows: Sequence[_Curve] | Sequence[_Run] | Sequence[_Measured]) -> Block:
     return {c.name: _array(c, list(map(operator.attrgetter(c.source), rows))) for c in columns}
 
 

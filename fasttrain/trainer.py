@@ -35,10 +35,12 @@ class _Group:
     state: Any
     checks: int
 
-    def turn(self, check_every: int) -> tuple[Report, float]:
+    def turn(self) -> tuple[Report, float]:
         """Steps until some run ends or the turn is over; what was done, and the seconds."""
         begin = time.perf_counter()
-        report = self.backend.run(self.state, self.state.clock + self.checks * check_every)
+        # Of runs that are checked at different steps, those that are checked most rarely.
+        every = max(run.monitor.rules.check_every for run in self.state.runs)
+        report = self.backend.run(self.state, self.state.clock + self.checks * every)
         return report, time.perf_counter() - begin
 
 
@@ -76,7 +78,7 @@ class Trainer:
         slots: probes that train at once.
         workers: threads for the backends that may use several.
         bucket: the key of the bucket of a variant; itself a variant.
-        keeper: looks at the parameters of fitted runs before they leave.
+        keeper: looks at the parameters of runs before they leave.
     """
 
     def __init__(
@@ -127,7 +129,7 @@ class Trainer:
         results: list[ProbeResult] = []
         if self._turn:
             group = self._turn.popleft()
-            results += self._settle(group, *group.turn(self._setting.spec.check_every))
+            results += self._settle(group, *group.turn())
             wait = 0.0
         else:
             wait = None
@@ -170,9 +172,14 @@ class Trainer:
         return results
 
     def _kept(self, group: _Group, position: int, result: ProbeResult) -> ProbeResult:
-        """With what is to be known of a fitted run's parameters, which are gone once its slot is free."""
+        """With what is to be known of a run's parameters, which are gone once its slot is free."""
         run, keeper = group.state.runs[position], self._keeper
-        if keeper is None or not result.fitted or not keeper.wanted(run):
+        if keeper is None:
+            return result
+        if not result.fitted:
+            kept = group.backend.parameters(group.state, position) if keeper.save_failed else None
+            return dataclasses.replace(result, weights=kept)
+        if not keeper.wanted(run):
             return result
         parameters = group.backend.parameters(group.state, position)
         return dataclasses.replace(
@@ -185,7 +192,7 @@ class Trainer:
         if not group.backend.in_threads:
             self._turn.append(group)
         else:
-            self._working[self._pool.submit(group.turn, self._setting.spec.check_every)] = group
+            self._working[self._pool.submit(group.turn)] = group
 
     def close(self) -> None:
         """Ends the workers, each after its turn; what they ran is dropped."""

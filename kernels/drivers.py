@@ -5,8 +5,8 @@ step; a program takes one tile of one model from a work list. *Whole steps*: one
 launch, with the same tiles one after the other.
 
 A program leaves at once if its model is past its steps or has stopped. Both end a model by themselves at a check, which
-comes every ``check_every`` steps and at the last one; what the checks found goes to ``history`` [models, checks, 3]:
-mean loss, samples not strictly right, and the least loss so far.
+comes every so many of its steps and at its last one (both are each model's own, in the integer table); what the checks
+found goes to ``history`` [models, checks, 3]: mean loss, samples not strictly right, and the least loss so far.
 
 No number of a launch may be compiled into a kernel for its value (``_NUMBERS``): another step would be another kernel.
 """
@@ -16,7 +16,10 @@ import triton.language as tl
 
 from fasttrain.kernels.tiles import (
     BATCH,
+    BUDGET,
+    EVERY,
     FIELDS,
+    FLAT_AFTER,
     FUSED_CLASSES,
     RATES,
     ROOM,
@@ -31,7 +34,7 @@ from fasttrain.kernels.tiles import (
     weights_tile,
 )
 
-_NUMBERS = ("layer", "s", "begin", "steps", "budget", "check_every", "plateau_after", "blocks", "checks")
+_NUMBERS = ("layer", "s", "begin", "steps", "blocks", "checks")
 
 
 def _stage(function):
@@ -40,20 +43,20 @@ def _stage(function):
 
 
 @triton.jit
-def _active(model, s, budget):
+def _active(model, s):
     """Whether a model takes step s, counted from where the launches began."""
-    return (tl.load(model + STOPPED) == 0) & (tl.load(model + STEP) + s < budget)
+    return (tl.load(model + STOPPED) == 0) & (tl.load(model + STEP) + s < tl.load(model + BUDGET))
 
 
 @triton.jit
-def _due(model, s, budget, check_every):
+def _due(model, s):
     """Whether a model is checked after step s, the step being its own."""
     steps = tl.load(model + STEP) + s + 1
-    return (steps % check_every == 0) | (steps == budget)
+    return (steps % tl.load(model + EVERY) == 0) | (steps == tl.load(model + BUDGET))
 
 
 @_stage
-def hidden_stage(models, work, pool, rows, labels, drawn, params, acts, layer, s, begin, budget, check_every,
+def hidden_stage(models, work, pool, rows, labels, drawn, params, acts, layer, s, begin,
                  FIRST: tl.constexpr, TRAIN: tl.constexpr, FULL: tl.constexpr, FEATURES: tl.constexpr,
                  DEPTH: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr,
                  BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -61,10 +64,9 @@ def hidden_stage(models, work, pool, rows, labels, drawn, params, acts, layer, s
     at = work + tl.program_id(0) * 3
     model = models + tl.load(at).to(tl.int64) * FIELDS
     block, unit = tl.load(at + 1), tl.load(at + 2)
-    if TRAIN:
-        go = _active(model, s, budget)
-    else:
-        go = _active(model, s, budget) & _due(model, s, budget, check_every) & (begin < tl.load(model + N))
+    go = _active(model, s)
+    if not TRAIN:
+        go = go & _due(model, s) & (begin < tl.load(model + N))
     if go:
         step = tl.load(model + STEP) + s
         hidden_tile(
@@ -74,7 +76,7 @@ def hidden_stage(models, work, pool, rows, labels, drawn, params, acts, layer, s
 
 
 @_stage
-def head_stage(models, work, pool, rows, labels, drawn, params, acts, found, blocks, s, budget,
+def head_stage(models, work, pool, rows, labels, drawn, params, acts, found, blocks, s,
                FULL: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, CLASSES: tl.constexpr,
                ACTIVATION: tl.constexpr, KEEP: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
                CK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -82,7 +84,7 @@ def head_stage(models, work, pool, rows, labels, drawn, params, acts, found, blo
     at = work + tl.program_id(0) * 2
     e, block = tl.load(at).to(tl.int64), tl.load(at + 1)
     model = models + e * FIELDS
-    if _active(model, s, budget):
+    if _active(model, s):
         step = tl.load(model + STEP) + s
         head_tile(
             model, pool, rows, labels, drawn, params, acts, found + (e * blocks + block) * 2, 0, step, block,
@@ -91,7 +93,7 @@ def head_stage(models, work, pool, rows, labels, drawn, params, acts, found, blo
 
 
 @_stage
-def back_stage(models, work, params, acts, layer, s, budget, LAST: tl.constexpr,
+def back_stage(models, work, params, acts, layer, s, LAST: tl.constexpr,
                FEATURES: tl.constexpr, DEPTH: tl.constexpr, CLASSES: tl.constexpr, ACTIVATION: tl.constexpr,
                KEEP: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
                PRECISION: tl.constexpr):  # fmt: skip
@@ -99,7 +101,7 @@ def back_stage(models, work, params, acts, layer, s, budget, LAST: tl.constexpr,
     at = work + tl.program_id(0) * 3
     model = models + tl.load(at).to(tl.int64) * FIELDS
     block, unit = tl.load(at + 1), tl.load(at + 2)
-    if _active(model, s, budget):
+    if _active(model, s):
         back_tile(
             model, params, acts, layer, block, unit * BH, LAST,
             FEATURES, DEPTH, CLASSES, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
@@ -107,7 +109,7 @@ def back_stage(models, work, params, acts, layer, s, budget, LAST: tl.constexpr,
 
 
 @_stage
-def weights_stage(models, work, pool, drawn, params, first, second, rates, corrections, acts, s, budget,
+def weights_stage(models, work, pool, drawn, params, first, second, rates, corrections, acts, s,
                   FEATURES: tl.constexpr, DEPTH: tl.constexpr, CLASSES: tl.constexpr, KEEP: tl.constexpr,
                   OPTIMIZER: tl.constexpr, BI: tl.constexpr, BH: tl.constexpr, BO: tl.constexpr, BS: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
@@ -115,7 +117,7 @@ def weights_stage(models, work, pool, drawn, params, first, second, rates, corre
     at = work + tl.program_id(0) * 4
     e, layer = tl.load(at).to(tl.int64), tl.load(at + 1)
     model = models + e * FIELDS
-    if _active(model, s, budget):
+    if _active(model, s):
         step = tl.load(model + STEP) + s
         any_weights_tile(
             model, pool, drawn, params, first, second, rates + e * RATES, corrections, acts, layer, step,
@@ -154,14 +156,14 @@ def any_weights_tile(model, pool, drawn, params, first, second, rates, correctio
 
 
 @_stage
-def check_stage(models, work, pool, rows, labels, drawn, params, acts, losses, wrong, blocks, s, begin, budget,
-                check_every, FEATURES: tl.constexpr, DEPTH: tl.constexpr, CLASSES: tl.constexpr, BB: tl.constexpr,
+def check_stage(models, work, pool, rows, labels, drawn, params, acts, losses, wrong, blocks, s, begin,
+                FEATURES: tl.constexpr, DEPTH: tl.constexpr, CLASSES: tl.constexpr, BB: tl.constexpr,
                 BC: tl.constexpr, CK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A program a (model, block of samples); losses and wrong [models, blocks] gain what it found: blocks are owned."""
     at = work + tl.program_id(0) * 2
     e, block = tl.load(at).to(tl.int64), tl.load(at + 1)
     model = models + e * FIELDS
-    if _active(model, s, budget) & _due(model, s, budget, check_every) & (begin + block * BB < tl.load(model + N)):
+    if _active(model, s) & _due(model, s) & (begin + block * BB < tl.load(model + N)):
         loss, mistakes = check_tile(
             model, pool, rows, labels, drawn, params, acts, begin, block,
             FEATURES, DEPTH, CLASSES, BB, BC, CK, PRECISION,
@@ -175,12 +177,11 @@ def check_stage(models, work, pool, rows, labels, drawn, params, acts, losses, w
 
 
 @_stage
-def decide_stage(models, losses, wrong, blocks, history, checks, s, budget, check_every, plateau_after,
-                 RATIO: tl.constexpr, BB: tl.constexpr):  # fmt: skip
+def decide_stage(models, losses, wrong, blocks, history, checks, s, RATIO: tl.constexpr, BB: tl.constexpr):
     """A program a model: adds up the blocks of a check, in order, and stops a model that it ends."""
     e = tl.program_id(0).to(tl.int64)
     model = models + e * FIELDS
-    if _active(model, s, budget) & _due(model, s, budget, check_every):
+    if _active(model, s) & _due(model, s):
         used = tl.cdiv(tl.minimum(tl.load(model + N), tl.load(model + ROOM)), BB)
         total = tl.load(losses + e * blocks)
         mistakes = tl.load(wrong + e * blocks)
@@ -188,25 +189,26 @@ def decide_stage(models, losses, wrong, blocks, history, checks, s, budget, chec
             total += tl.load(losses + e * blocks + block)
             mistakes += tl.load(wrong + e * blocks + block)
         taken = tl.load(model + STEP) + s + 1
-        decide(model, history + e * checks * 3, taken, total, mistakes, budget, check_every, plateau_after, RATIO)
+        decide(model, history + e * checks * 3, taken, total, mistakes, RATIO)
 
 
 @triton.jit
-def decide(model, history, taken, total, mistakes, budget, check_every, plateau_after, RATIO: tl.constexpr):
+def decide(model, history, taken, total, mistakes, RATIO: tl.constexpr):
     """Keeps what a check found and stops the model if that ends it, by the rules of stopping.py; whether it does."""
+    every = tl.load(model + EVERY)
     mean = total / tl.load(model + N).to(tl.float64)
-    to = history + (tl.cdiv(taken, check_every) - 1) * 3
-    best = tl.minimum(mean, tl.load(to - 1, mask=taken > check_every, other=float("inf")))
+    to = history + (tl.cdiv(taken, every) - 1) * 3
+    best = tl.minimum(mean, tl.load(to - 1, mask=taken > every, other=float("inf")))
     tl.store(to, mean)
     tl.store(to + 1, mistakes.to(tl.float64))
     tl.store(to + 2, best)
     # The last check at or before half of the steps so far.
-    half = taken // (2 * check_every) - 1
-    known = (taken >= plateau_after) & (half >= 0)
+    half = taken // (2 * every) - 1
+    known = (taken >= tl.load(model + FLAT_AFTER)) & (half >= 0)
     before = tl.load(history + half * 3 + 2, mask=known, other=float("inf"))
     flat = known & (best > RATIO * before)
     finite = mean - mean == 0
-    stop = (mistakes == 0) | (finite == 0) | flat | (taken >= budget)
+    stop = (mistakes == 0) | (finite == 0) | flat | (taken >= tl.load(model + BUDGET))
     if stop:
         tl.store(model + STOPPED, 1)
     return stop
@@ -250,7 +252,7 @@ def _outputs(model, pool, rows, labels, drawn, params, acts, begin, step, block,
 
 @_stage
 def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates, corrections, acts, found, blocks,
-                history, checks, steps, budget, check_every, plateau_after, FULL: tl.constexpr,
+                history, checks, steps, FULL: tl.constexpr,
                 FEATURES: tl.constexpr, DEPTH: tl.constexpr, CLASSES: tl.constexpr, ACTIVATION: tl.constexpr,
                 KEEP: tl.constexpr, OPTIMIZER: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
                 BK: tl.constexpr, CK: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BS: tl.constexpr,
@@ -263,11 +265,9 @@ def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates,
     e = tl.program_id(0).to(tl.int64)
     model = models + e * FIELDS
     # Sizes are loaded where they are used: kept, they would take registers away from the tiles.
-    begun = tl.load(model + STEP)
-    s = 0
-    go = (tl.load(model + STOPPED) == 0) & (begun < budget)
+    step = tl.load(model + STEP)
+    go = (tl.load(model + STOPPED) == 0) & (step < tl.load(model + BUDGET))
     while go:
-        step = begun + s
         block = 0
         while block * BB < tl.load(model + BATCH):
             _outputs(
@@ -317,9 +317,9 @@ def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates,
                     h += 1
                 i += 1
             layer += 1
-        taken = step + 1
-        go = (s + 1 < steps) & (taken < budget)
-        if (taken % check_every == 0) | (taken == budget):
+        step += 1
+        go = step < tl.load(model + STEP) + steps
+        if (step % tl.load(model + EVERY) == 0) | (step == tl.load(model + BUDGET)):  # the last check always stops
             total = tl.zeros([], dtype=tl.float64)
             mistakes = tl.zeros([], dtype=tl.int64)
             # By blocks of the room, each summed over the passes first: the order of the other driver.
@@ -330,7 +330,7 @@ def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates,
                 begin = 0
                 while begin + block * BB < tl.load(model + N):
                     _outputs(
-                        model, pool, rows, labels, drawn, params, acts, begin, step, block,
+                        model, pool, rows, labels, drawn, params, acts, begin, 0, block,
                         False, FULL, FEATURES, DEPTH, ACTIVATION, KEEP, BB, BH, BK, PRECISION,
                     )  # fmt: skip
                     loss, missed = _check(
@@ -343,8 +343,5 @@ def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates,
                     begin += tl.load(model + ROOM).to(tl.int32)
                 total += part
                 block += 1
-            stop = decide(
-                model, history + e * checks * 3, taken, total, mistakes, budget, check_every, plateau_after, RATIO
-            )
+            stop = decide(model, history + e * checks * 3, step, total, mistakes, RATIO)
             go = go & (stop == 0)
-        s += 1

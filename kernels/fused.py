@@ -1,10 +1,11 @@
 """Many multilayer perceptrons in Triton kernels: their arrays, tables and work lists, and the launches of their steps.
 
-What a caller sees of ``drivers.py`` and ``tiles.py``. Models come and go; each has a width, a training set, rates and
-a step count of its own and shares the rest (``Shape``).
+What a caller sees of ``drivers.py`` and ``tiles.py``. Models come and go; each has a width, a training set, rates, a
+budget and a step count of its own and shares the rest (``Shape``).
 """
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -26,14 +27,15 @@ PRECISIONS = ("ieee", "bf16x3", "tf32", "bf16")
 INTERPRETED: bool = tiles.INTERPRETED.value
 """Whether the kernels were defined for Triton's interpreter, which runs them on the CPU (``TRITON_INTERPRET=1``)."""
 MOST_CLASSES = 1024
-MOST_STEPS = 2**31 - 1  # a larger number would be another type, and compile another kernel
 MOST_WIDTH = WIDTHS[-1]
 
 _KEEPS_SLOPES = ("gelu", "silu")  # activations whose derivative cannot be had from their value
+_MOST_STEPS = 2**31 - 1  # of a launch; a larger number would be another type, and compile another kernel
 _PASS_ROWS = 256  # samples of a model that a check takes at once
 _FIELDS, _RATES = tiles.FIELDS.value, tiles.RATES.value
 _FUSED_CLASSES = tiles.FUSED_CLASSES.value
 _STEP, _STOPPED = tiles.STEP.value, tiles.STOPPED.value
+_BUDGET, _FLAT_AFTER = tiles.BUDGET.value, tiles.FLAT_AFTER.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +50,6 @@ class Shape:
         optimizer: one of ``OPTIMIZERS``.
         batch: samples of a step, or 0 for all of a model's.
         precision: one of ``PRECISIONS``.
-        budget: steps after which a model ends.
-        check_every: steps between a model's checks.
-        plateau_after: steps from which on a check may call a model flat.
         plateau_ratio: least loss so far over that at half of the steps, above which it is flat.
     """
 
@@ -61,15 +60,7 @@ class Shape:
     optimizer: str
     batch: int
     precision: str
-    budget: int
-    check_every: int
-    plateau_after: int
     plateau_ratio: float
-
-    @property
-    def checks(self) -> int:
-        """Of a model that uses its whole budget."""
-        return -(-self.budget // self.check_every)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,6 +75,9 @@ class Model:
         key: two 32-bit words that key its sample order, as in ``fasttrain.sampling``.
         rates: learning rate, momentum, weight decay.
         weights: (W [O, I], b [O]) of every layer, float64.
+        budget: steps after which it ends.
+        check_every: steps between its checks.
+        plateau_after: steps from which on a check may call it flat.
     """
 
     width: int
@@ -93,6 +87,14 @@ class Model:
     key: tuple[int, int]
     rates: tuple[float, float, float]
     weights: Sequence[tuple[np.ndarray, np.ndarray]]
+    budget: int
+    check_every: int
+    plateau_after: int
+
+    @property
+    def checks(self) -> int:
+        """How many it has if it uses its whole budget."""
+        return -(-self.budget // self.check_every)
 
 
 def pitch(columns: int) -> int:
@@ -166,6 +168,8 @@ class _Slot:
         passes: blocks of samples of a pass of a check.
         place: of the model in it; None while it is free.
         begun: steps that the model has taken.
+        budget: steps that it may take.
+        every: steps between its checks.
     """
 
     units: int
@@ -173,6 +177,8 @@ class _Slot:
     passes: int
     place: _Place | None = None
     begun: int = 0
+    budget: int = 0
+    every: int = 1
 
 
 class Models:
@@ -208,10 +214,10 @@ class Models:
         self._inputs: dict[int, _Inputs] = {}
         self._slots: list[_Slot] = []
         self._order: list[int] = []  # the slot of each position
-        self._corrections = _corrections(shape, dtype, device)
+        self._corrections = _corrections(shape.optimizer, dtype, device)
         self._table = torch.zeros(0, _FIELDS, dtype=torch.int64, device=device)
         self._rates = torch.zeros(0, _RATES, dtype=dtype, device=device)
-        self._history = torch.zeros(0, shape.checks, 3, dtype=torch.float64, device=device)
+        self._history = torch.zeros(0, 0, 3, dtype=torch.float64, device=device)
         self._work: dict[str, torch.Tensor] = {}
         self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, int]] = {}
 
@@ -231,10 +237,11 @@ class Models:
         for row, rate, model in zip(table, rates, models, strict=True):
             place = self._take(model)
             a = math.isqrt(place.n - 1) + 1
-            row[: _STOPPED + 1] = (
+            row[: _FLAT_AFTER + 1] = (
                 place.width, place.n, place.batch, place.room,
                 place.params[0], place.acts[0], place.rows[0], place.drawn[0],
                 *model.key, a, -(-place.n // a), 12 if place.n > 6 else 24, 0, 0,
+                model.budget, model.check_every, model.plateau_after,
             )  # fmt: skip
             rate[:3] = model.rates
             need = _Slot(-(-place.width // c.BH), -(-place.batch // c.BB), -(-min(place.n, place.room) // c.BB))
@@ -251,15 +258,23 @@ class Models:
                 self._slots.append(need)
             else:
                 free.remove(k)
-            self._slots[k].place, self._slots[k].begun = place, 0
+            slot = self._slots[k]
+            slot.place, slot.begun, slot.budget, slot.every = place, 0, model.budget, model.check_every
             added.append(k)
         self._order += added
         if len(self._slots) > len(self._table):
             more = len(self._slots) - len(self._table)
             self._table = torch.cat([self._table, self._table.new_zeros(more, _FIELDS)])
             self._rates = torch.cat([self._rates, self._rates.new_zeros(more, _RATES)])
-            self._history = torch.cat([self._history, self._history.new_zeros(more, *self._history.shape[1:])])
             self._plan()
+        slots, checks = self._history.shape[:2]
+        most = max([checks, *(model.checks for model in models)])
+        if (slots, checks) != (len(self._slots), most):
+            grown = self._history.new_zeros(len(self._slots), most, 3)
+            grown[:slots, :checks] = self._history
+            grown[:slots, checks:] = math.nan
+            self._history = grown
+            self._graphs.clear()
         if before != [arena.tensor.data_ptr() for arena in self._arenas()]:
             self._graphs.clear()
         where = torch.as_tensor(added, device=self._device)
@@ -401,13 +416,10 @@ class Models:
         """So many steps of every model, fewer of one that a check ends; without waiting for the device."""
         # Triton launches on the current device, which need not be that of the tensors.
         with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
-            if self.config.whole:
-                self._whole_steps(steps)
-                return
-            # From check to check: the launches are the same each time, and a graph of them serves again.
-            every = self.shape.check_every
-            for begin in range(0, steps, every):
-                self._stages(min(every, steps - begin))
+            while steps:
+                some = min(steps, _MOST_STEPS) if self.config.whole else self._block(steps)
+                (self._whole_steps if self.config.whole else self._stages)(some)
+                steps -= some
 
     def ended(self) -> np.ndarray:
         """bool [E]: whether a check has ended each model. Waits for the device."""
@@ -435,7 +447,7 @@ class Models:
         """So many steps in stages, on CUDA as a graph recorded at the first call with checks at the same steps."""
         checks = self._check_steps(steps)
         if self._device.type != "cuda":
-            self._launch(steps, checks, self.shape.budget)
+            self._launch(steps, checks)
         else:
             key = (steps, self._passes(), *checks)
             if key not in self._graphs:
@@ -456,38 +468,58 @@ class Models:
             return 1
         return max((-(-self._place(k).n // self._room) for k in self._order), default=0)
 
+    def _paces(self) -> set[tuple[int, int, int]]:
+        """Of the models that may take steps: steps taken, budget, and steps between checks."""
+        slots = [self._slots[k] for k in self._order]
+        return {(slot.begun, slot.budget, slot.every) for slot in slots if slot.begun < slot.budget}
+
+    def _block(self, steps: int) -> int:
+        """How many of the coming steps are to be launched at once, so that few different graphs are recorded."""
+        paces = self._paces()
+        cadences = {every for _, _, every in paces}
+        if len(cadences) <= 1:
+            # From check to check: the launches are the same each time.
+            return min(steps, *cadences, max((budget for _, budget, _ in paces), default=steps))
+        # To the next check of any, in powers of two: which checks fall into a longer block is hardly ever the same.
+        gap = min(steps, *(min(every - begun % every, budget - begun) for begun, budget, every in paces))
+        return 1 << (gap.bit_length() - 1)
+
     def _check_steps(self, steps: int) -> tuple[int, ...]:
         """After which of the coming steps, from 0, some model is checked."""
-        every, budget = self.shape.check_every, self.shape.budget
         due: set[int] = set()
-        for begun in {self._slots[k].begun for k in self._order}:
-            due.update(range(every - begun % every, steps + 1, every))
-            due.add(budget - begun)
-        return tuple(sorted(s - 1 for s in due if 0 < s <= steps))
+        for begun, budget, every in self._paces():
+            due.update(range(every - begun % every, min(steps, budget - begun) + 1, every))
+            if budget - begun <= steps:
+                due.add(budget - begun)
+        return tuple(sorted(s - 1 for s in due))
 
     def _record(self, steps: int, checks: tuple[int, ...]) -> tuple[torch.cuda.CUDAGraph, int]:
         """The launches as a CUDA graph, and their number."""
         before = self.launches
-        # Every kernel must be compiled and loaded before it is recorded; with no budget they do nothing.
-        self._launch(1, (0,), budget=0)
+        # Every kernel must be compiled and loaded before it is recorded; with models that have stopped they do nothing.
+        table = self._table
+        self._table = table.clone()
+        self._table[:, _STOPPED] = 1
+        self._launch(1, (0,))
+        self._table = table
         torch.cuda.synchronize(self._device)
         self.launches = 0
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.Stream(self._device)):
-            self._launch(steps, checks, self.shape.budget)
+            self._launch(steps, checks)
         count, self.launches = self.launches, before
         return graph, count
 
     def _advance(self, steps: int) -> None:
-        self._table[:, _STEP].add_(steps).clamp_(max=self.shape.budget)
+        self._table[:, _STEP] = torch.minimum(self._table[:, _STEP] + steps, self._table[:, _BUDGET])
         for slot in self._slots:
-            slot.begun = min(slot.begun + steps, self.shape.budget)
+            slot.begun = min(slot.begun + steps, slot.budget)
 
-    def _launch(self, steps: int, checks: tuple[int, ...], budget: int) -> None:
+    def _launch(self, steps: int, checks: tuple[int, ...]) -> None:
         for s in range(steps):
-            self._step(s, budget)
+            self._step(s)
             if s in checks:
-                self._check(s, budget)
+                self._check(s)
 
     def _start(
         self, kernel: triton.JITFunction, programs: int, *args: object, warps: int, registers: int, **constants: object
@@ -498,69 +530,69 @@ class Models:
             *args, **constants, num_warps=warps, num_stages=self.config.stages, enable_fp_fusion=False, **limit
         )
 
-    def _step(self, s: int, budget: int) -> None:
+    def _step(self, s: int) -> None:
         """One step of all models: 2 L + 1 launches, 2 without hidden layers, one more with many classes."""
         shape, c, work = self.shape, self.config, self._work
         params, acts = self._params.tensor, self._acts.tensor
         data = (self._pool.tensor, self._rows.tensor, self._labels.tensor, self._drawn.tensor, params, acts)
         for layer in range(shape.depth):
-            self._hidden(layer, "hidden", s, 0, budget, train=True)
+            self._hidden(layer, "hidden", s, 0, train=True)
         self._start(
             drivers.head_stage, len(work["head"]), self._table, work["head"], *data,
-            self._found, self._found.shape[1], s, budget,
+            self._found, self._found.shape[1], s,
             FULL=not shape.batch, FEATURES=shape.features, DEPTH=shape.depth, CLASSES=shape.classes,
             ACTIVATION=shape.activation, KEEP=self._keep, BB=c.BB, BH=c.BH, BC=c.BC, CK=c.CK,
             PRECISION=shape.precision, warps=c.head_warps, registers=c.head_registers,
         )  # fmt: skip
         if shape.depth and c.BC > _FUSED_CLASSES:
-            self._back(shape.depth, s, budget)
+            self._back(shape.depth, s)
         for layer in range(shape.depth - 1, 0, -1):
-            self._back(layer, s, budget)
+            self._back(layer, s)
         self._start(
             drivers.weights_stage, len(work["weights"]), self._table, work["weights"],
-            self._pool.tensor, self._drawn.tensor, *self._optimized, acts, s, budget,
+            self._pool.tensor, self._drawn.tensor, *self._optimized, acts, s,
             FEATURES=shape.features, DEPTH=shape.depth, CLASSES=shape.classes, KEEP=self._keep,
             OPTIMIZER=shape.optimizer, BI=c.BI, BH=c.BH, BO=c.BO, BS=c.BS, PRECISION=shape.precision, warps=c.warps,
             registers=c.registers,
         )  # fmt: skip
 
-    def _hidden(self, layer: int, work: str, s: int, begin: int, budget: int, train: bool) -> None:
+    def _hidden(self, layer: int, work: str, s: int, begin: int, train: bool) -> None:
         shape, c = self.shape, self.config
         self._start(
             drivers.hidden_stage, len(self._work[work]), self._table, self._work[work], self._pool.tensor,
             self._rows.tensor, self._labels.tensor, self._drawn.tensor, self._params.tensor, self._acts.tensor,
-            layer, s, begin, budget, shape.check_every,
+            layer, s, begin,
             FIRST=layer == 0, TRAIN=train, FULL=not shape.batch, FEATURES=shape.features, DEPTH=shape.depth,
             ACTIVATION=shape.activation, KEEP=self._keep, BB=c.BB, BH=c.BH, BK=c.BK, PRECISION=shape.precision,
             warps=c.warps, registers=c.registers,
         )  # fmt: skip
 
-    def _back(self, layer: int, s: int, budget: int) -> None:
+    def _back(self, layer: int, s: int) -> None:
         shape, c, work = self.shape, self.config, self._work["hidden"]
         self._start(
             drivers.back_stage, len(work), self._table, work, self._params.tensor, self._acts.tensor, layer, s,
-            budget, LAST=layer == shape.depth, FEATURES=shape.features, DEPTH=shape.depth,
+            LAST=layer == shape.depth, FEATURES=shape.features, DEPTH=shape.depth,
             CLASSES=shape.classes, ACTIVATION=shape.activation, KEEP=self._keep, BB=c.BB, BH=c.BH, BK=c.BK,
             PRECISION=shape.precision, warps=c.warps, registers=c.registers,
         )  # fmt: skip
 
-    def _check(self, s: int, budget: int) -> None:
+    def _check(self, s: int) -> None:
         """The check of all models for which it is due after step s."""
         shape, c, work = self.shape, self.config, self._work
         for begin in range(0, self._passes() * self._room, self._room):
             for layer in range(shape.depth):
-                self._hidden(layer, "pass", s, begin, budget, train=False)
+                self._hidden(layer, "pass", s, begin, train=False)
             self._start(
                 drivers.check_stage, len(work["check"]), self._table, work["check"], self._pool.tensor,
                 self._rows.tensor, self._labels.tensor, self._drawn.tensor, self._params.tensor, self._acts.tensor,
-                self._check_losses, self._check_wrong, self._check_losses.shape[1], s, begin, budget,
-                shape.check_every, FEATURES=shape.features, DEPTH=shape.depth, CLASSES=shape.classes,
+                self._check_losses, self._check_wrong, self._check_losses.shape[1], s, begin,
+                FEATURES=shape.features, DEPTH=shape.depth, CLASSES=shape.classes,
                 BB=c.BB, BC=c.BC, CK=c.CK, PRECISION=shape.precision, warps=c.head_warps, registers=c.head_registers,
             )  # fmt: skip
         self._start(
             drivers.decide_stage, len(self._slots), self._table, self._check_losses, self._check_wrong,
-            self._check_losses.shape[1], self._history, shape.checks, s, budget, shape.check_every,
-            shape.plateau_after, RATIO=shape.plateau_ratio, BB=c.BB, warps=1, registers=0,
+            self._check_losses.shape[1], self._history, self._history.shape[1], s,
+            RATIO=shape.plateau_ratio, BB=c.BB, warps=1, registers=0,
         )  # fmt: skip
 
     def _whole_steps(self, steps: int) -> None:
@@ -568,8 +600,7 @@ class Models:
         self._start(
             drivers.whole_steps, len(self._slots), self._table, self._pool.tensor, self._rows.tensor,
             self._labels.tensor, self._drawn.tensor, *self._optimized, self._acts.tensor,
-            self._found, self._found.shape[1], self._history, shape.checks, steps, shape.budget, shape.check_every,
-            shape.plateau_after,
+            self._found, self._found.shape[1], self._history, self._history.shape[1], steps,
             FULL=not shape.batch, FEATURES=shape.features, DEPTH=shape.depth, CLASSES=shape.classes,
             ACTIVATION=shape.activation, KEEP=self._keep, OPTIMIZER=shape.optimizer,
             BB=c.BB, BH=c.BH, BC=c.BC, BK=c.BK, CK=c.CK, BI=c.BI, BO=c.BO, BS=c.BS,
@@ -588,13 +619,14 @@ class Models:
         return self.shape.activation in _KEEPS_SLOPES
 
 
-def _corrections(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+@functools.cache
+def _corrections(optimizer: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[., 2]: what Adam's step size and the root of its second moment are multiplied with at each step.
 
     Of the later steps, the last row holds: both corrections are one then.
     """
-    if shape.optimizer == "sgd":
+    if optimizer == "sgd":
         return torch.zeros(1, 2, dtype=dtype, device=device)
-    t = np.arange(1, min(shape.budget, tiles.CORRECTED.value) + 1, dtype=np.float64)
+    t = np.arange(1, tiles.CORRECTED.value + 1, dtype=np.float64)
     columns = np.stack([1.0 / (1.0 - 0.9**t), (1.0 - 0.999**t) ** -0.5], axis=1)
     return torch.as_tensor(columns, device=device).to(dtype)

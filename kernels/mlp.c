@@ -430,7 +430,7 @@ INLINE i64 one_block(const model *m) { return (m->batch ? m->batch : m->n) <= BL
 static i64 arrange(const model *m, real *base, scratch *s) {
     i64 most = m->width > m->classes ? m->width : m->classes, used = 0;
     s->in = pitch(m->features), s->wide = pitch(m->width), s->out = pitch(most);
-    i64 turned = m->depth ? most * vectors(m->width) * LANES : 0;
+    i64 turned = m->depth ? (m->depth > 1 ? most : m->classes) * vectors(m->width) * LANES : 0;
     i64 grads = one_block(m) ? CHUNK * MOST_VECTORS * LANES : parameters_size(m);
 #define TAKE(NAME, SIZE) s->NAME = base + used, used += ((SIZE) + LINE - 1) / LINE * LINE
     TAKE(inputs, BLOCK * s->in);

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-FIELDS = tl.constexpr(16)
+FIELDS = tl.constexpr(24)
 """Columns of the integer table, int64."""
 WIDTH = tl.constexpr(0)
 N = tl.constexpr(1)
@@ -33,6 +33,9 @@ SIDES = tl.constexpr(10)  # a = ceil(sqrt(n)), b = ceil(n / a)
 ROUNDS = tl.constexpr(12)
 STEP = tl.constexpr(13)  # steps taken when the launches began
 STOPPED = tl.constexpr(14)  # set here: a check has ended the model, or its place is free
+BUDGET = tl.constexpr(15)  # steps that the model may take
+EVERY = tl.constexpr(16)  # steps between its checks
+FLAT_AFTER = tl.constexpr(17)  # steps from which on a check may call it flat
 
 RATES = tl.constexpr(4)
 """Columns of the table of rates, in the precision of the parameters: learning rate, momentum, weight decay, none."""

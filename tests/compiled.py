@@ -82,8 +82,7 @@ def launches(case: Case) -> tuple[list, int]:
     """Each different kernel that a step and its check launch, with its arguments; and the stages of its loops."""
     shape = fused.Shape(
         features=case.features, classes=case.classes, depth=case.depth, activation=case.activation,
-        optimizer=case.optimizer, batch=case.batch, precision=case.precision, budget=1000, check_every=100,
-        plateau_after=100, plateau_ratio=0.9,
+        optimizer=case.optimizer, batch=case.batch, precision=case.precision, plateau_ratio=0.9,
     )  # fmt: skip
     config = configuration(
         width=case.width, features=case.features, classes=case.classes, depth=case.depth, batch=case.batch,
@@ -93,8 +92,9 @@ def launches(case: Case) -> tuple[list, int]:
     sizes = [case.features, *[case.width] * case.depth, case.classes]
     weights = [(np.zeros((o, i)), np.zeros(o)) for i, o in itertools.pairwise(sizes)]
     model = fused.Model(
-        case.width, np.zeros((64, case.features)), np.arange(64), np.zeros(64, int), (1, 2), (0.1, 0.9, 0.0), weights
-    )
+        case.width, np.zeros((64, case.features)), np.arange(64), np.zeros(64, int), (1, 2), (0.1, 0.9, 0.0), weights,
+        budget=1000, check_every=100, plateau_after=100,
+    )  # fmt: skip
     for whole in (False, True) if case.whole is None else (case.whole,):
         one = _Recorder(
             shape, dataclasses.replace(config, whole=whole), torch.device("cpu"), getattr(torch, case.dtype),
@@ -104,7 +104,7 @@ def launches(case: Case) -> tuple[list, int]:
         if whole:
             one._whole_steps(1)
         else:
-            one._launch(1, (0,), 1000)
+            one._launch(1, (0,))
         recorded.update(one.recorded)
     return list(recorded.values()), config.stages
 

@@ -25,12 +25,6 @@ def residual(width: int, depth: int, in_shape: tuple[int, ...], classes: int) ->
     return Residual()
 
 
-def small_cnn(width: int, depth: int, in_shape: tuple[int, ...], classes: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(in_shape[0], width, 3), nn.GELU(), nn.AvgPool2d(2), nn.Flatten(), nn.LazyLinear(classes)
-    )
-
-
 def plain_cnn(width: int, depth: int, in_shape: tuple[int, ...], classes: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(in_shape[0], width, 3), nn.GELU(), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(width, classes)
@@ -97,6 +91,76 @@ def no_parameters(width: int, depth: int, in_shape: tuple[int, ...], classes: in
     return nn.Flatten()
 
 
+def exiting(width: int, depth: int, in_shape: tuple[int, ...], classes: int) -> nn.Module:
+    raise SystemExit("no")
+
+
+def elsewhere(width: int, depth: int, in_shape: tuple[int, ...], classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes, device="meta"))
+
+
+_ONE = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def one_for_all(width: int, depth: int, in_shape: tuple[int, ...], classes: int) -> nn.Module:
+    return _ONE
+
+
+def seeding(width: int, depth: int, in_shape: tuple[int, ...], classes: int) -> nn.Module:
+    torch.manual_seed(0)
+    return _linear(classes=classes)
+
+
+_CALLS = [0]
+
+
+def growing(width: int, depth: int, in_shape: tuple[int, ...], classes: int) -> nn.Module:
+    _CALLS[0] += 1
+    return _linear(*[nn.Linear(8, 8) for _ in range(_CALLS[0])], classes=classes)
+
+
+class _Apply(nn.Module):
+    """A linear classifier with something done to its inputs and logits."""
+
+    def __init__(self, classes: int, before=lambda x: x, after=lambda x: x) -> None:
+        super().__init__()
+        self.linear, self.before, self.after = nn.Linear(64, classes), before, after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(self.linear(self.before(x.flatten(1))))
+
+
+def pair(width: int, depth: int, in_shape: tuple[int, ...], classes: int) -> nn.Module:
+    return _Apply(classes, after=lambda x: (x, 0))
+
+
+def not_finite(width: int, depth: int, in_shape: tuple[int, ...], classes: int) -> nn.Module:
+    return _Apply(classes, after=lambda x: x * float("nan"))
+
+
+def overwriting(width: int, depth: int, in_shape: tuple[int, ...], classes: int) -> nn.Module:
+    return _Apply(classes, before=lambda x: x.mul_(2))
+
+
+def single_only(width: int, depth: int, in_shape: tuple[int, ...], classes: int) -> nn.Module:
+    return _Apply(classes, before=lambda x: x @ torch.eye(64))
+
+
+class _Recurrent(nn.Module):
+    """Its rows are batched with a gradient, and not without one."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.rows, self.head = nn.GRU(8, width, batch_first=True), nn.Linear(width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.rows(x[:, 0])[0][:, -1])
+
+
+def recurrent(width: int, depth: int, in_shape: tuple[int, ...], classes: int) -> nn.Module:
+    return _Recurrent(width, classes)
+
+
 def _linear(*between: nn.Module, classes: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), *between, nn.Linear(8, classes))
 
@@ -159,6 +223,36 @@ def closure(factor: int):
         return residual(factor * width, depth, in_shape, classes)
 
     return made
+
+
+def even_only(width: int, depth: int, in_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """As of an encoder whose two directions take half of the width each."""
+    if width % 2:
+        raise ValueError("the width must be even")
+    return residual(width, depth, in_shape, classes)
+
+
+def hundreds(width: int, depth: int, in_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Widths in steps of 100, up to 700."""
+    if width % 100 or width > 700:
+        raise ValueError("no such width")
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, classes))
+
+
+def grouped(width: int, depth: int, in_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Counts fall where the width is a multiple of 5: the convolution then has 5 groups."""
+    groups = 1 if width % 5 else 5
+    between = nn.Conv2d(width, width, 3, groups=groups)
+    return nn.Sequential(nn.Conv2d(in_shape[0], width, 3), between, nn.Flatten(), nn.Linear(16 * width, classes))
+
+
+def falling(width: int, depth: int, in_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Counts fall as the width grows."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, max(1, 400 - width)), nn.Linear(max(1, 400 - width), classes))
+
+
+def lazy(width: int, depth: int, in_shape: tuple[int, ...], classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(width), nn.Linear(width, classes))
 
 
 NUMBER = 3

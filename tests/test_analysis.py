@@ -278,6 +278,11 @@ def test_a_file_of_version_1_is_read_with_the_values_that_it_had_then(version_1:
     assert (curves["race"] == "").all()
     assert curves[["race_emc50", "race_emc50_low", "race_emc50_high"]].isna().all(axis=None)
     assert probes["test_accuracy"].isna().all()
+    # What follows from the spec.
+    assert (probes["steps_budget"] == results.spec.steps).all()
+    assert probes["steps_budget"].dtype == np.int64
+    assert (curves["budget"] == f"{results.spec.steps}steps").all()
+    assert (results.spec.budget, results.spec.early_stop) == (None, True)
     assert len(results.history(0)) == probes["history_count"][0] > 0
     # Its learning rates never raced.
     assert (results.spec.lr, results.spec.lr_search) == ((0.01, 0.03), "all")

@@ -95,6 +95,10 @@ BAD = [
     ("interval", "90"),
     ("tolerance", "0"),
     ("max-probes", "0"),
+    ("search", "random"),
+    ("search", "grid"),
+    ("growth", "1"),
+    ("n", "100"),
     ("seed", "-1"),
     ("device", "gpu"),
     ("backend", "graphs"),
@@ -209,6 +213,11 @@ def test_every_option_reaches_the_spec(scanned):
         "batch_size": "full,8",
         "steps": "50",
         "check_every": "5",
+        "early_stop": False,
+        "elasticity": False,
+        "search": "grid",
+        "growth": "1.5",
+        "n": "5,9",
         "seeds": "4",
         "n_min": "3",
         "n_max": "99",
@@ -220,13 +229,38 @@ def test_every_option_reaches_the_spec(scanned):
         "backend": "loop",
         "precision": "float64",
     }
-    options = {f"--{name.replace('_', '-')}": value for name, value in values.items()}
-    args = [part for name, value in options.items() for part in ((name,) if value is True else (name, value))]
+    args = []
+    for name, value in values.items():
+        option = name.replace("_", "-")
+        args += [f"--{option}" if value is True else f"--no-{option}"] if isinstance(value, bool) else []
+        args += [] if isinstance(value, bool) else [f"--{option}", value]
     assert main(["scan", *args, "--out", "x.h5", "--overwrite", "--quiet"]) == 0
     spec, keywords = scanned[0]
     assert spec == ScanSpec(**values)
-    assert set(values) == {field.name for field in dataclasses.fields(ScanSpec)}
-    assert keywords == {"out": "x.h5", "overwrite": True, "save_weights": False, "on_progress": None}
+    assert {*values, "budget"} == {field.name for field in dataclasses.fields(ScanSpec)}
+    assert keywords == {"out": "x.h5", "overwrite": True, "save_weights": False, "curvature": 0, "on_progress": None}
+
+
+def test_a_budget_is_given_in_one_way(scanned, capsys, tmp_path):
+    assert main(["scan", "--budget", "3e2 epochs", "--early-stop", "--quiet"]) == 0
+    assert main(["scan", "--budget", "500steps", "--overwrite", "--quiet"]) == 0
+    assert [spec for spec, _ in scanned] == [ScanSpec(budget="300epochs"), ScanSpec(steps=500)]
+    capsys.readouterr()
+    assert main(["scan", "--steps", "10000", "--budget", "300epochs"]) == 2
+    line = "fasttrain: --budget 300epochs: steps=10000 is given too; expected one of the two\n"
+    assert capsys.readouterr().err == line
+    # Of a file and the command line, the latter wins, whichever of the two it gives.
+    Path("scan.toml").write_text("steps = 900\nearly-stop = false\n")
+    Path("epochs.toml").write_text('budget = "7epochs"\n')
+    assert main(["scan", "--spec", "scan.toml", "--budget", "300epochs", "--overwrite", "--quiet"]) == 0
+    assert main(["scan", "--spec", "epochs.toml", "--steps", "10000", "--overwrite", "--quiet"]) == 0
+    assert [spec for spec, _ in scanned[2:]] == [ScanSpec(budget="300epochs", early_stop=False), ScanSpec()]
+
+
+def test_the_table_names_a_budget_that_is_not_in_steps(scanned, capsys):
+    assert main(["scan", "--budget", "300epochs", "--no-early-stop", "--quiet"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.endswith("10 classes, budget 300epochs, no early stop, float32, cpu, vmap")
 
 
 def test_defaults_are_those_of_the_library_and_lists_may_be_given_in_parts(scanned):
@@ -253,6 +287,8 @@ def test_help_shows_every_field_with_its_default(capsys):
         if default is False:
             assert f"{option} " in text
             continue
+        if default is True:
+            option, shown = rf"{option} / --no-{field.name.replace('_', '-')}", field.name.replace("_", "-")
         assert re.search(rf"{option} [^\[]*\[default: {re.escape(shown)}\]", text), option
     for option in ("--spec", "--out", "--overwrite", "--save-weights", "--quiet", "--dry-run"):
         assert f"{option} " in text
@@ -327,7 +363,7 @@ def test_table_marks_what_is_censored_spent_and_unfinished(capsys):
         "width  depth  params   EMC50  50% interval  EMC/param  runs  notes",
         "    4      1     100  > 1797                   > 18.0    30  above n-max",
         "    5      1     200     < 2                 < 0.0100    30  below n-min",
-        "    6      1     300    45.3  [40.0, inf)       0.151    30  budget spent",
+        "    6      1     300    45.3  [40.0, inf)       0.151    30  runs used up",
         "    7      1     400       -                        -     0  unfinished",
         "    8      1     500    5.12  [4.90, 5.40]     0.0102    30",
     ]
@@ -458,7 +494,9 @@ def test_dry_run_prints_the_cost_and_writes_nothing(replace, capsys, tmp_path):
         problems = [Problem(i, v, 310 + i, 2, 1797) for i, v in enumerate(spec.variants(10))]
         return SimpleNamespace(
             variants=tuple(problems),
-            memory_bytes=210 * 2**20,
+            memory_bytes=230 * 2**20,
+            model_bytes=7 * 2**20,
+            data_bytes=6 * 2**20,
             model_steps_most=12_345_678,
             seconds_most=200.0,
             seconds_likely=61.0,
@@ -482,7 +520,7 @@ def test_dry_run_prints_the_cost_and_writes_nothing(replace, capsys, tmp_path):
         "    8      1     311  2 to 1797",
         "",
         "2 variants on cpu, vmap, float32, 32 slots",
-        "memory: about 210 MiB, at most 7 MiB a model",
+        "memory: about 230 MiB, at most 7 MiB a model, 6 MiB of data",
         "cost: at most 12.3 M model-steps, 3 min 20 s; likely 1 min 01 s",
         "left out: no width of vit matches",
         "Nothing was trained or written.",

@@ -13,7 +13,6 @@ import torch
 from fasttrain import ScanSpec, UserError, scan
 from fasttrain.cli import main
 from fasttrain.models import custom, draw_weights, parameter_count
-from fasttrain.models.matching import matched
 
 SHAPE = (1, 8, 8)
 
@@ -43,6 +42,15 @@ BAD = {
     "random_buffer": "buffer mask is random",
     "numpy_drawn": "parameter 1.bias differs from call to call",
     "unused": "parameter spare.weight has no part",
+    "exiting": "raised for width 4, depth 1: SystemExit: no",
+    "elsewhere": "parameter 1.weight is on the device meta",
+    "one_for_all": "gives the same parameter 1.weight at every call",
+    "seeding": "seeds torch's generator",
+    "growing": "gives modules with other parameters at every call",
+    "pair": "gave a tuple; expected a tensor of logits",
+    "not_finite": "logits at the initial weights are not finite",
+    "overwriting": "writes into its inputs",
+    "lazy": "parameter 1.weight has no shape yet",
 }
 UNBATCHED = {
     "normed": "layer 2 (BatchNorm1d) mixes the samples",
@@ -50,6 +58,7 @@ UNBATCHED = {
     "branching": "vmap cannot batch it",
     "counting": "buffer calls changes in place",
     "doubling": "other outputs in eval()",
+    "recurrent": "vmap cannot batch it",
 }
 
 
@@ -61,6 +70,12 @@ def test_what_cannot_be_trained_is_named_before_training(name, said):
     assert said in caught.value.expected
     assert "\n" not in str(caught.value)
     assert ("--backend loop" in caught.value.expected) == (name in UNBATCHED)
+
+
+def test_a_module_is_tried_in_the_precision_that_it_trains_in():
+    custom.check(variant("single_only"), SHAPE, batched=True)
+    with pytest.raises(UserError, match=r"fails on inputs of shape .*dtype"):
+        scan(ScanSpec(arch="my_models:single_only", widths=3, precision="float64"))
 
 
 @pytest.mark.parametrize("name", UNBATCHED)
@@ -95,13 +110,6 @@ def test_two_closures_of_one_function_are_two_models():
     ]
     assert ScanSpec(arch=second, widths=4) != ScanSpec(arch=first, widths=4)
     assert ScanSpec.from_json(spec.to_json()) == spec
-
-
-def test_matched_widths_of_ones_own_model():
-    spec = ScanSpec(arch="mlp,my_models:residual", activation="relu,tanh", widths=(40, 60), match_params=True)
-    found, missing = matched(spec.variants(10), SHAPE)
-    assert [(v.arch, v.activation) for v in found[:4]] == [("mlp", "relu"), ("mlp", "tanh")] * 2 or len(found) == 6
-    assert len([v for v in found if v.arch != "mlp"]) + len(missing) == 2
 
 
 def test_a_callable_is_kept_by_name_and_hash(tmp_path):

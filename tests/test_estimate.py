@@ -40,10 +40,10 @@ def assess(ns, fits, fails, n_min=2, n_max=5000, interval=0.9):
 def by_brute_force(ns, fits, fails, n_min, n_max, around):
     """Quantiles of m, median slope and mean lapse from one fine uniform grid, likelihood as products of P."""
     m = np.linspace(*around, 500)
-    log_s = np.linspace(math.log(10) - 2.7, math.log(10) + 2.7, 120)
+    log_s = np.linspace(math.log(2), math.log(100), 120)
     lapse = (np.arange(50) + 0.5) / 50 * 0.2
     mm, ss, ll = np.meshgrid(m, np.exp(log_s), lapse, indexing="ij")
-    total = -0.5 * ((np.log(ss) - math.log(10)) / 0.9) ** 2 + 4 * np.log(1 - ll / 0.2)
+    total = 4 * np.log(1 - ll / 0.2)
     total[(mm < math.log(n_min / 4)) | (mm > math.log(n_max * 4))] = -np.inf
     for n, k, f in zip(ns, fits, fails, strict=True):
         shift = -np.log(1 - 2 * ll)
@@ -223,6 +223,53 @@ def test_the_joint_density_is_that_of_the_formula_also_far_from_the_threshold():
     fitted = np.log1p(-lapses) - log_odds_one
     failed = np.logaddexp(np.log(lapses), scaled) - log_odds_one
     wanted = (fits[:, None, None, None] * fitted + fails[:, None, None, None] * failed).sum(0)
-    wanted += log_prior - 0.5 * ((log_slope[:, None] - math.log(10)) / 0.9) ** 2
+    wanted += log_prior
     assert np.abs(z).max() > 1400
     np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-9)
+
+
+def two_steps(gap, each):
+    """Counts where half of the runs have their threshold below 300 and half above, each step steep."""
+    ns = np.unique(np.round(300 * np.exp(np.linspace(-1.0, 1.0, 21))).astype(int))
+    p = sum(0.5 / (1 + np.exp(25 * (np.log(ns / 300) + side))) for side in (-gap, gap))
+    fits = np.round(each * p).astype(int)
+    return ns.tolist(), fits.tolist(), (each - fits).tolist()
+
+
+def test_two_steps_contradict_the_model_and_a_single_one_does_not():
+    assert assess(*two_steps(0.5, 10)).misfit_p < 1e-4
+    assert assess(*two_steps(0.5, 10)).misfit
+    assert assess(*two_steps(0.0, 10)).misfit_p > 0.5
+    for counts in (MIXED, SEPARATED, LAPSING, DENSE):
+        assert not assess(*counts).misfit
+
+
+def test_the_p_value_of_a_misfit_is_spread_evenly_where_the_model_holds():
+    rng = np.random.default_rng(3)
+    ns = np.unique(np.round(600 * np.exp(np.linspace(-0.6, 0.6, 21))).astype(int))
+    p = np.array([assess(*counts_from(600, 8.0, 0.0, ns, 20, rng)).misfit_p for _ in range(120)])
+    for share in (0.1, 0.3, 0.5, 0.7):
+        assert abs((p < share).mean() - share) < 3 * math.sqrt(share * (1 - share) / 120)
+
+
+def test_too_little_to_tell_is_no_misfit():
+    assert assess([100], [3], [0], n_max=200).misfit_p == 1.0
+    assert assess([], [], []).misfit_p == 1.0
+    assert not assess(*SEPARATED).misfit
+
+
+def test_the_difference_of_two_posteriors_is_that_of_draws_from_them():
+    one, two = (posterior(*counts, n_min=2, n_max=5000) for counts in (MIXED, DENSE))
+    rng = np.random.default_rng(1)
+    shares = (0.05, 0.5, 0.95)
+    draws = [np.array(post.quantile(*rng.random(200_000))) for post in (one, two)]
+    wanted = np.quantile(draws[0] - draws[1], shares)
+    assert one.minus(two, *shares) == pytest.approx(wanted, abs=0.03 * (wanted[2] - wanted[0]))
+    assert one.minus(one, 0.5)[0] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_slopes_below_a_value_are_what_its_quantile_says():
+    post = posterior(*MIXED, n_min=2, n_max=5000)
+    for share in (0.05, 0.5, 0.9):
+        assert post.slope_below(post.slope_at(share)) == pytest.approx(share, abs=1e-6)
+    assert post.slope_at(0.5) == post.slope

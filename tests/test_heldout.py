@@ -12,7 +12,7 @@ from fasttrain import ScanSpec, UserError
 from fasttrain.cli import main
 from fasttrain.data import check, test_set
 from fasttrain.models import build
-from fasttrain.models.matching import matched
+from fasttrain.spec import SHORT
 
 SPECS = {
     "native": ScanSpec(widths=(6, 20), labels="true,random", steps=400, max_probes=8, n_max=200),
@@ -90,6 +90,23 @@ def test_a_run_made_again_is_the_same_to_the_bit(kept):
                 np.testing.assert_array_equal(again.result.weights[name], values)
 
 
+def test_a_short_run_made_again_is_as_short(tmp_path, monkeypatch):
+    """Confirming runs of a race on seeds of short ones."""
+    monkeypatch.setattr("fasttrain.search.CONFIRM", SHORT)
+    fields = {"widths": 6, "n_max": 200, "lr": (0.003, 0.01), "schedule": "cosine", "max_probes": 6}
+    spec = ScanSpec(**fields, budget="90epochs", early_stop=False)
+    path = tmp_path / "short.h5"
+    probes = fasttrain.scan(spec, out=path).probes
+    short = probes[probes["seed"] >= SHORT]
+    full = np.ceil(90 * short["n"] / 64)
+    assert (short["steps_budget"] == np.maximum(1, np.round(full / 3))).all()
+    spent = short[short["outcome"] == "out_of_budget"]
+    assert len(spent)
+    assert (spent["steps"] == spent["steps_budget"]).all()
+    for probe in short.index[:3]:
+        assert fasttrain.rerun(path, int(probe)).differs == ()
+
+
 def test_what_differs_from_the_file_is_named(kept):
     _, path = kept
     loaded = fasttrain.load(path)
@@ -144,40 +161,3 @@ def test_other_data_or_sources_are_refused(tmp_path):
     path.write_text("a,b,c,label\n" + "\n".join(lines) + "\n")
     with pytest.raises(UserError, match="not the source"):
         fasttrain.rerun(tmp_path / "x.h5", 0)
-
-
-def test_matched_widths_are_the_nearest_counts():
-    from fasttrain.models import parameter_count
-
-    spec = ScanSpec(arch="mlp,cnn,vit", match_params=True, widths=(16, 32), depths=(1, 2), heads=2)
-    shape = (1, 8, 8)
-    found, missing = matched(spec.variants(10), shape, spec.heads)
-    references = [v for v in found if v.arch == "mlp"]
-    assert [(v.width, v.depth) for v in references] == [(16, 1), (32, 1), (16, 2), (32, 2)]
-    assert len(found) + len(missing) == 12
-    for reference in references:
-        counts = [target := parameter_count(reference, shape)]
-        for arch in ("cnn", "vit"):
-            heads, widths = (2, range(2, 400, 2)) if arch == "vit" else (0, range(1, 400))
-            fields = {"arch": arch, "depth": reference.depth, "heads": heads}
-            all_of = [dataclasses.replace(spec.variants(10)[-1], **fields, width=width) for width in widths]
-            best = min(all_of, key=lambda v: abs(np.log(parameter_count(v, shape) / target)))
-            together = [*counts, parameter_count(best, shape)]
-            near = max(together) <= 1.05 * min(together)
-            counts = together if near else counts
-            mine = [v for v in found if (v.arch, v.depth, v.width) == (arch, best.depth, best.width)]
-            said = [
-                line for line in missing if f"of {arch} at depth {best.depth}" in line and f"with {target} " in line
-            ]
-            assert (len(mine), len(said)) == ((1, 0) if near else (0, 1))
-    assert missing
-
-
-def test_what_has_no_match_is_said_and_left_out(tmp_path):
-    fields = {"arch": "mlp,vit", "match_params": True, "widths": 16, "steps": 50, "max_probes": 2, "n_max": 6}
-    with pytest.warns(UserWarning, match="left out: no width of vit at depth 1 matches mlp of width 16 with 1210"):
-        results = fasttrain.scan(ScanSpec(**fields), out=tmp_path / "m.h5")
-    assert list(results.curves["arch"]) == ["mlp"]
-    assert "no width of vit" in results.attrs["unmatched"]
-    with pytest.raises(UserError, match="linear without hidden layers has no width"):
-        fasttrain.scan(ScanSpec(**{**fields, "arch": "mlp,linear"}))

@@ -21,6 +21,7 @@ MOMENTUM = [0.9, 0.0, 0.5, 0.99, 0.9]
 DECAY = [0.1, 0.0, 0.05, 1e-3, 0.01]
 SCALE = [1.0, 10.0, 1.0, 1e-8, 1.0]
 BEGINS = [0, 0, 0, 0, INSERTED]
+BUDGETS = [STEPS, STEPS + 1, 3 * STEPS, STEPS, STEPS + 50]
 
 ALL = [{"optimizer": name} for name in OPTIMIZERS]
 DECAYED = [{"optimizer": name, "weight_decay": DECAY} for name in OPTIMIZERS]
@@ -94,11 +95,11 @@ def step(optimizer: Optimizer, params, grads, state, row) -> None:
 
 
 def made(fields: dict, where: Layout | None = None) -> Optimizer:
-    return make_optimizer(variant(fields), where or layout(), STEPS)
+    return make_optimizer(variant(fields), where or layout())
 
 
 def rates(fields: dict, models: list[int]) -> Rates:
-    return Rates.of(variant(fields, model) for model in models)
+    return Rates.of((variant(fields, model), BUDGETS[model]) for model in models)
 
 
 def stacked(fields: dict, grads: torch.Tensor, block: int = 50) -> torch.Tensor:
@@ -136,7 +137,7 @@ def torch_optimizer(one: Variant, params) -> torch.optim.Optimizer:
     )
 
 
-def torch_scheduler(optimizer, schedule: str, warmup: int, budget: int = STEPS):
+def torch_scheduler(optimizer, schedule: str, warmup: int, budget: int):
     """torch's own schedulers, one after the other."""
     rest = budget - warmup
     main = {
@@ -156,7 +157,7 @@ def alone(fields: dict, grads: torch.Tensor, model: int) -> tuple[torch.Tensor, 
     row = initial()[model : model + 1]
     params = {name: torch.nn.Parameter(view[0].clone()) for name, view in where.views(row).items()}
     optimizer = torch_optimizer(one, params.values())
-    scheduler = torch_scheduler(optimizer, one.schedule, one.warmup)
+    scheduler = torch_scheduler(optimizer, one.schedule, one.warmup, BUDGETS[model])
     path = torch.zeros(where.size, dtype=torch.float64)
     for t in range(BEGINS[model], STEPS):
         before = row.clone()

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import math
 
 import pytest
 
@@ -8,9 +9,19 @@ from fasttrain.data import DataInfo, describe
 from fasttrain.ensemble import Layout
 from fasttrain.models import parameter_count
 from fasttrain.optim import SHAMPOO_LARGEST, make_optimizer
-from fasttrain.plan import bucket, default_n_max, make_plan, optimizer_numbers, probe_bytes
+from fasttrain.plan import (
+    Trained,
+    bucket,
+    data_bytes,
+    default_n_max,
+    make_plan,
+    most_steps,
+    optimizer_numbers,
+    probe_bytes,
+)
 from fasttrain.records import Problem
 from fasttrain.spec import Variant
+from fasttrain.stopping import StopRules
 
 GIB = 2**30
 
@@ -22,6 +33,10 @@ def problems(spec: ScanSpec, info: DataInfo | None = None) -> list[Problem]:
         params = parameter_count(variant, (info.features,))
         out.append(Problem(index, variant, params, 2, spec.n_max or default_n_max(params, info)))
     return out
+
+
+def trained(spec: ScanSpec, backend: str = "native") -> list[Trained]:
+    return [Trained(problem, backend, bucket(problem.variant)) for problem in problems(spec)]
 
 
 def needs(item: int = 4, **fields: object) -> int:
@@ -89,7 +104,7 @@ def test_what_shampoo_takes_is_counted(fields: dict[str, object]) -> None:
     (problem,) = problems(spec)
     sizes = list(itertools.pairwise([64, *[problem.variant.width] * problem.variant.depth, 10]))
     layout = Layout({f"{k}.{s}": (b, a)[: 2 - s] for k, (a, b) in enumerate(sizes) for s in (0, 1)})
-    asked = sum(make_optimizer(problem.variant, layout, 1).state_sizes)
+    asked = sum(make_optimizer(problem.variant, layout).state_sizes)
     counted = optimizer_numbers(problem.variant, 64, problem.params)
     assert 2 * asked - 2 * 64 * 6 * len(sizes) <= counted <= 2 * asked + 4 * 1024**2
     whole = [size for a, b in sizes for size in (a, b, b) if size <= SHAMPOO_LARGEST]
@@ -159,27 +174,51 @@ def test_steps_that_a_probe_cannot_take_need_no_memory() -> None:
     assert needs(steps=100, check_every=10**12) == needs(steps=100, check_every=100)
 
 
+def test_a_budget_counts_with_the_steps_that_it_may_be() -> None:
+    def most(**fields: object) -> int:
+        spec = ScanSpec(widths=16, **fields)
+        (problem,) = problems(spec)
+        return most_steps(problem, spec)
+
+    assert most(steps=777) == 777
+    assert most(budget="300epochs") == math.ceil(300 * 1797 / 64)  # at n-max
+    assert most(budget="300epochs", batch_size="full") == 300
+    assert most(budget="6400samples", batch_size="full") == 3200  # at the smallest n, 2
+    assert needs(budget="1000epochs") == needs(steps=math.ceil(1000 * 1797 / 64))
+    # 199 steps are 199 checks, and 200 steps are 100.
+    for steps in (3, 99, 100, 199, 200, 50_000):
+        counted = needs(budget=f"{steps}epochs", batch_size="full") - needs(steps=1, batch_size="full")
+        assert counted >= 24 * math.ceil(steps / StopRules.of(ScanSpec(budget=f"{steps}epochs"), full(), 9).check_every)
+
+
+def full() -> Variant:
+    return dataclasses.replace(variant(), batch_size=0)
+
+
 def test_slots_are_as_many_as_fit() -> None:
     spec = ScanSpec(widths="4,300")
-    info, todo = describe("digits"), problems(spec)
-    largest = max(probe_bytes(problem, spec, info, 4) for problem in todo)
+    info, todo = describe("digits"), trained(spec)
+    largest = max(probe_bytes(one.problem, spec, info, 4) for one in todo)
+    data = data_bytes(todo, info, 4, "cpu")
+    assert data > 0
     for fit in (2, 3, 63):
         for spare in (0, largest - 1):
-            plan = make_plan(todo, spec, info, device="cpu", item=4, available=fit * largest + spare)
-            assert (plan.slots, plan.memory_bytes) == (fit, fit * largest)
+            plan = make_plan(todo, spec, info, device="cpu", item=4, available=data + fit * largest + spare)
+            assert (plan.slots, plan.model_bytes, plan.data_bytes) == (fit, largest, data)
+            assert plan.memory_bytes == data + fit * largest
 
 
 @pytest.mark.parametrize(("device", "most"), [("cpu", 64), ("cuda", 1024)])
 def test_slots_have_an_upper_end(device: str, most: int) -> None:
     spec = ScanSpec()
-    info, todo = describe("digits"), problems(spec)
+    info, todo = describe("digits"), trained(spec)
     assert make_plan(todo, spec, info, device=device, item=4, available=2**50).slots == most
 
 
 def refused(spec: ScanSpec, available: int = 4 * GIB, item: int = 4) -> UserError:
     info = describe(spec.data)
     with pytest.raises(UserError) as caught:
-        make_plan(problems(spec), spec, info, device="cpu", item=item, available=available)
+        make_plan(trained(spec), spec, info, device="cpu", item=item, available=available)
     return caught.value
 
 
@@ -209,10 +248,16 @@ def test_a_scan_that_does_not_fit_names_what_makes_it_large(
 
 def test_two_models_must_fit() -> None:
     spec = ScanSpec(widths=1000)
-    info, todo = describe("digits"), problems(spec)
-    largest = probe_bytes(todo[0], spec, info, 4)
-    assert make_plan(todo, spec, info, device="cpu", item=4, available=2 * largest).slots == 2
-    assert refused(spec, available=2 * largest - 1).option == "widths"
+    info, todo = describe("digits"), trained(spec)
+    both = 2 * probe_bytes(todo[0].problem, spec, info, 4) + data_bytes(todo, info, 4, "cpu")
+    assert make_plan(todo, spec, info, device="cpu", item=4, available=both).slots == 2
+    assert refused(spec, available=both - 1).option == "widths"
+
+
+def test_the_data_are_named_where_they_leave_no_room() -> None:
+    error = refused(ScanSpec(labels="random,true", inputs="real,shuffled"), available=2**20)
+    assert (error.option, error.value) == ("data", "digits")
+    assert "0.0 GiB are free; expected less data, or fewer of them" in error.expected
 
 
 def test_the_message_tells_parameters_and_memory() -> None:

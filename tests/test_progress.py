@@ -37,6 +37,8 @@ def snapshot(estimates, spec=None, **changes):
         "slots_used": 30,
         "occupancy": 0.937,
         "finished": False,
+        "to_measure": 0,
+        "measured": 0,
         **changes,
     }
     return SimpleNamespace(**fields)
@@ -80,7 +82,7 @@ def test_live_table_shows_what_varies_and_why_a_variant_ended():
     assert "optimizer" in lines[0]
     assert "batch" not in lines[0]
     assert lines[1].split() == ["8", "1", "sgd", "100", ">", "1797", "20", "done,", "above", "n-max"]
-    assert lines[2].rstrip().endswith("done, budget spent")
+    assert lines[2].rstrip().endswith("done, runs used up")
 
 
 @pytest.mark.parametrize("height", [1, 3, 5, 10, 24, 50])

@@ -122,7 +122,7 @@ def test_a_resumed_race_asks_only_for_what_was_not_stored():
 
 
 def test_those_left_go_in_step():
-    fitted = world({0: 500.0, 1: 480.0, 2: 450.0})
+    fitted = world({0: 500.0, 1: 490.0, 2: 480.0})
     search = Search(rates(3), **DEFAULTS, races=True)
     last = -1
     while not search.done:
@@ -162,7 +162,7 @@ def test_the_winners_estimate_comes_from_fresh_seeds_alone():
     won = winner(estimates)
     assert won.variant == 1
     assert won.race_low < 600 < won.race_high
-    assert won.emc50_low < 150 < won.emc50_high < won.race_low
+    assert 0.9 * 150 < won.emc50_low < won.emc50_high < 1.1 * 150 < won.race_low
     fresh = [probe for probe in asked if probe.seed >= CONFIRM]
     assert won.n_probes == len(fresh)
     assert {probe.variant for probe in fresh} == {1}
@@ -244,7 +244,9 @@ def test_seeds_of_a_spec_stay_below_those_that_confirm():
 
 
 def test_a_scan_races_and_its_file_has_every_learning_rate(tmp_path):
-    spec = ScanSpec(widths=3, lr=(0.03, 1e-6), steps=30, check_every=10, max_probes=5, n_max=60, backend="loop")
+    spec = ScanSpec(
+        widths=3, lr=(0.03, 1e-6), steps=30, check_every=10, max_probes=5, n_max=60, backend="loop", elasticity=False
+    )
     results = fasttrain.scan(spec, out=tmp_path / "race.h5")
     curves, probes = results.curves, results.probes
     assert curves["lr"].tolist() == [0.03, 1e-6]

@@ -14,7 +14,7 @@ from fasttrain.spec import read_toml
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NUMBERS = ("width", "depth", "params", "EMC50", "EMC/param", "runs")
-SMALL = "scan --arch mlp --widths 4,8 --steps 200 --max-probes 4 --device cpu --quiet --out emc.h5"
+SMALL = "scan --arch mlp --widths 4,8,12 --steps 200 --max-probes 8 --device cpu --quiet --out emc.h5"
 
 # Not of interest here, and true on machines whose BLAS is not MKL.
 pytestmark = pytest.mark.filterwarnings("ignore:this BLAS gives a model other bits:UserWarning")
@@ -146,7 +146,7 @@ def test_sample_output_looks_like_what_is_printed(capsys):
     variants, runs = (int(n) for n in re.fullmatch(ending, shown[-1]).groups())
     assert re.fullmatch(ending, real[-1])
     assert variants == len(shown) - 5
-    assert runs == sum(row["runs"] for row in sample_rows())
+    assert runs > sum(row["runs"] for row in sample_rows())  # the rest are short
 
 
 def sample_rows():
@@ -186,7 +186,7 @@ def test_the_line_that_is_explained_is_in_the_sample():
 
 
 def test_options_that_are_named_exist(capsys):
-    accepted = "".join(run(f"{verb} --help", capsys)[1] for verb in ("scan", "show", "rerun"))
+    accepted = "".join(run(f"{verb} --help", capsys)[1] for verb in ("scan", "show", "rerun", "compare", "fit"))
     named = set(re.findall(r"--[a-z][a-z-]*", README))
     assert len(named) >= 10
     assert named <= set(re.findall(r"--[a-z][a-z-]*", accepted))

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,15 @@ import pandas as pd
 import pytest
 import torch
 from scipy.optimize import linprog
+from scipy.stats import chi2, norm
 
 import fasttrain
 import fasttrain.plan
 import fasttrain.trainer
+from fasttrain.cli import main
 from fasttrain.data import task
 from fasttrain.run import _Interrupts
+from fasttrain.spec import SHORT
 from fasttrain.store import TIMING_ATTRIBUTES, TIMING_COLUMNS
 
 SMALL = {
@@ -31,6 +36,7 @@ SMALL = {
     "max_probes": 14,
     "data": "gaussian:8",
     "classes": 3,
+    "elasticity": False,
 }
 
 
@@ -120,6 +126,117 @@ def test_a_custom_cadence_and_precision_reach_the_runs():
     ends = set(results.probes.steps[results.probes.outcome == "out_of_budget"])
     assert ends <= {130}
     assert set(results.probes.steps) <= {50, 100, 130}
+
+
+def test_a_budget_in_epochs_is_each_runs_own():
+    fields = {**SMALL, "batch_size": 8, "max_probes": 10, "budget": "30epochs"}
+    del fields["steps"]
+    spec = fasttrain.ScanSpec(**fields)
+    results = fasttrain.scan(spec)
+    probes = results.probes
+    most = np.ceil(30 * probes.n / 8)
+    assert (probes.steps_budget == most).all()
+    spent = probes.outcome == "out_of_budget"
+    assert spent.any()
+    assert (probes.steps[spent] == most[spent]).all()
+    assert (probes.steps <= most).all()
+    assert (results.curves.budget == "30epochs").all()
+    assert (results.curves.steps_budget == 0).all()
+    largest = [math.ceil(30 * 4 * params / 8) for params in results.curves.params]  # n-max is 4 times the parameters
+    preview = fasttrain.preview(spec)
+    assert preview.model_steps_most == 10 * sum(largest)
+    assert 0 < preview.seconds_likely < preview.seconds_most
+
+
+def test_short_runs_take_a_third_of_the_budget_and_measure_emc50_there():
+    spec = fasttrain.ScanSpec(**{**SMALL, "elasticity": True, "check_every": 10})
+    results = fasttrain.scan(spec)
+    probes, curves = results.probes, results.curves
+    short = probes.seed >= SHORT
+    assert short.any()
+    assert set(probes.steps_budget[short]) == {133}
+    assert set(probes.steps_budget[~short]) == {400}
+    assert (probes.steps <= probes.steps_budget).all()
+    assert (curves.n_probes == (~short).groupby(probes.variant).sum()).all()
+    assert (curves.n_probes_third == probes.groupby("variant").size()).all()
+    # The estimates at the full budget are those of a scan without short runs.
+    full = fasttrain.scan(replace(spec, elasticity=False)).curves
+    same = ["emc50", "emc50_low", "emc50_high", "slope", "lapse", "n_probes", "budget_spent", "misfit_p"]
+    pd.testing.assert_frame_equal(curves[same], full[same], check_exact=True)
+    assert full.emc50_third.isna().all()
+    assert not full.budget_limited.any()
+    # From the runs alone, to the last bit.
+    again = fasttrain.estimates(results, budget="133steps")
+    assert again.estimate.tolist() == curves.emc50_third.tolist()
+    assert again.low.tolist() == curves.emc50_third_low.tolist()
+    assert again.high.tolist() == curves.emc50_third_high.tolist()
+    assert again.n_probes.tolist() == curves.n_probes_third.tolist()
+    rise = np.log(curves.emc50 / curves.emc50_third) / math.log(3)
+    assert ((curves.elasticity_low < rise) & (rise < curves.elasticity_high)).all()
+    assert (curves.budget_limited == (curves.elasticity > math.log(1.1) / math.log(10))).all()
+
+
+def test_the_command_line_shows_emc50_at_a_smaller_budget(tmp_path, capsys):
+    spec = fasttrain.ScanSpec(**{**SMALL, "elasticity": True, "check_every": 10})
+    results = fasttrain.scan(spec, out=tmp_path / "emc.h5")
+    assert main(["show", str(tmp_path / "emc.h5"), "--budget", "133steps"]) == 0
+    shown = capsys.readouterr().out
+    assert "budget of 133steps" in shown
+    assert "elasticity" not in shown
+    for emc in results.curves.emc50_third.dropna():
+        assert f" {emc:.{0 if emc > 99.95 else 1 if emc > 9.995 else 2}f} " in shown
+    assert main(["show", str(tmp_path / "emc.h5"), "--budget", "401steps"]) == 2
+    assert capsys.readouterr().err == "fasttrain: --budget 401steps: is more than that of the scan, 400steps\n"
+
+
+def test_full_runs_that_are_checked_too_seldom_say_nothing_of_a_third():
+    results = fasttrain.scan(fasttrain.ScanSpec(**{**SMALL, "elasticity": True}))  # every 50 of 400 steps
+    short = (results.probes.seed >= SHORT).groupby(results.probes.variant).sum()
+    assert results.curves.n_probes_third.tolist() == short.tolist()
+    again = fasttrain.estimates(results, budget="133steps")
+    assert again.estimate.tolist() == results.curves.emc50_third.tolist()
+    assert "checked every 50 steps" in again.warnings[0]
+
+
+def test_a_third_of_a_budget_in_epochs_is_that_of_the_short_runs():
+    fields = {**SMALL, "elasticity": True, "batch_size": 7, "budget": "180epochs"}
+    del fields["steps"]
+    results = fasttrain.scan(fasttrain.ScanSpec(**fields))
+    again = fasttrain.estimates(results, budget="60epochs")
+    assert again.n_probes.tolist() == results.curves.n_probes_third.tolist()
+    assert results.curves.emc50_third.notna().any()
+    for found, stored in (("estimate", "emc50_third"), ("low", "emc50_third_low"), ("high", "emc50_third_high")):
+        np.testing.assert_array_equal(again[found], results.curves[stored])
+
+
+def test_at_a_falling_learning_rate_runs_of_the_full_budget_say_nothing_of_a_third():
+    spec = fasttrain.ScanSpec(**{**SMALL, "elasticity": True, "schedule": "cosine", "backend": "stacked"})
+    results = fasttrain.scan(spec)
+    short = (results.probes.seed >= SHORT).groupby(results.probes.variant).sum()
+    assert results.curves.n_probes_third.tolist() == short.tolist()
+    assert fasttrain.estimates(results, budget="133steps").n_probes.tolist() == short.tolist()
+    assert fasttrain.estimates(results, budget="200steps").n_probes.tolist() == [0, 0]
+
+
+def test_a_budget_above_the_scans_is_refused():
+    results = fasttrain.scan(fasttrain.ScanSpec(**SMALL))
+    with pytest.raises(fasttrain.UserError, match="budget=401steps: is more than that of the scan, 400steps"):
+        fasttrain.estimates(results, budget="401steps")
+    with pytest.raises(fasttrain.UserError, match="emc50"):
+        fasttrain.estimates(results, "nakkiran", budget="100steps")
+
+
+def test_a_budget_of_one_step_can_be_previewed():
+    fields = {**SMALL, "batch_size": "full", "budget": "1epochs"}
+    del fields["steps"]
+    assert fasttrain.preview(fasttrain.ScanSpec(**fields)).model_steps_most == 2 * 14
+
+
+def test_a_warm_up_that_no_run_would_leave_is_refused():
+    spec = fasttrain.ScanSpec(widths=4, batch_size="64,full", budget="300epochs", warmup=300)
+    with pytest.raises(fasttrain.UserError, match=r"warmup=300: expected less than the 300 steps .* with 300epochs"):
+        fasttrain.preview(spec)
+    fasttrain.preview(fasttrain.ScanSpec(widths=4, batch_size="64,full", budget="301epochs", warmup=300))
 
 
 def feasible(x: np.ndarray, y: np.ndarray) -> bool:
@@ -288,3 +405,29 @@ def test_preview_counts_and_writes_nothing(tmp_path, monkeypatch):
     assert preview.model_steps_most == 2 * 14 * 400
     assert 0 < preview.seconds_likely < preview.seconds_most
     assert list(itertools.chain(tmp_path.iterdir())) == []
+
+
+def log_errors(curves):
+    """ln EMC50 of every variant, and the standard deviation that its interval claims."""
+    half = (np.log(curves.emc50_high) - np.log(curves.emc50_low)) / 2
+    return np.log(curves.emc50), half / norm.ppf((1 + curves.interval) / 2)
+
+
+@pytest.mark.slow
+def test_twenty_scans_differ_as_much_as_their_intervals_claim():
+    spec = fasttrain.ScanSpec(widths=(8, 16), elasticity=False)
+    found = [log_errors(fasttrain.scan(replace(spec, seed=seed)).curves) for seed in range(20)]
+    for variant in range(2):
+        emc, sd = (np.array([one[i][variant] for one in found]) for i in (0, 1))
+        mean = np.average(emc, weights=sd**-2)
+        assert chi2.ppf(0.001, 19) < (((emc - mean) / sd) ** 2).sum() < chi2.ppf(0.999, 19)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["stacked", "vmap"])
+def test_backends_agree_within_their_intervals(backend):
+    spec = fasttrain.ScanSpec(widths=(8,), steps=3000, backend="native")
+    one, other = (fasttrain.scan(replace(spec, backend=name)).curves for name in ("native", backend))
+    (emc, sd), (emc2, sd2) = log_errors(one), log_errors(other)
+    assert abs(emc[0] - emc2[0]) < 3 * math.hypot(sd[0], sd2[0])
+    assert other.emc50_third_low[0] < one.emc50_third[0] < other.emc50_third_high[0]

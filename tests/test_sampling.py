@@ -119,6 +119,7 @@ def test_purposes_are_pinned() -> None:
         "WEIGHTS": 4,
         "ORDER": 5,
         "FEATURES": 6,
+        "CURVATURE": 7,
     }
 
 

@@ -3,14 +3,16 @@
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from benchmarks.calibration import STEPS, Curve
 from fasttrain import search as module
 from fasttrain.records import Censored, History, Outcome, Probe, ProbeResult, Problem
-from fasttrain.search import END_PROBES, ROUND_PROBES, Limits, Search, next_round
-from fasttrain.spec import Variant
+from fasttrain.search import END_PROBES, LEAST_PROBES, LEAST_SHORT, ROUND_PROBES, Limits, Search, next_round
+from fasttrain.spec import CONFIRM, SHORT, Variant
 
 VARIANT = Variant(
     arch="mlp",
@@ -165,7 +167,7 @@ def test_results_that_cannot_be_are_refused():
     probe = search.ask()[0]
     search.tell([result(probe, False)])
     search.tell([result(probe, False)])
-    with pytest.raises(ValueError, match="other verdict"):
+    with pytest.raises(ValueError, match="another verdict"):
         search.tell([result(probe, True)])
     with pytest.raises(ValueError, match="no variant"):
         search.tell([result(Probe(9, 10, 0), True)])
@@ -198,7 +200,7 @@ def test_a_budget_is_spent_to_the_last_probe_and_said_to_be():
     last, rounds = play(problem(), world(slope=4.0), tolerance=0.001, max_probes=45)
     assert last.n_probes == 45
     assert last.budget_spent
-    assert len(rounds[-1]) < ROUND_PROBES
+    assert len(rounds[-1]) < sum(map(len, rounds[:-1]))
 
 
 def test_a_met_tolerance_is_not_a_spent_budget():
@@ -223,7 +225,7 @@ def test_fits_up_to_n_max_end_as_censored_above_after_a_handful_of_probes_there(
     assert last.censored is Censored.ABOVE
     assert (last.emc50_low, last.emc50_high, last.budget_spent) == (300.0, math.inf, False)
     there = sum(probe.n == 300 for finished in rounds for probe in finished)
-    assert there == END_PROBES + 1
+    assert END_PROBES + 1 <= there <= 2 * END_PROBES
 
 
 def test_failures_down_to_n_min_end_as_censored_below_after_a_handful_of_probes_there():
@@ -231,7 +233,7 @@ def test_failures_down_to_n_min_end_as_censored_below_after_a_handful_of_probes_
     assert last.censored is Censored.BELOW
     assert (last.emc50_low, last.emc50_high, last.budget_spent) == (0.0, 100.0, False)
     there = sum(probe.n == 100 for finished in rounds for probe in finished)
-    assert there == END_PROBES + 1
+    assert END_PROBES + 1 <= there <= 2 * END_PROBES
 
 
 @pytest.mark.parametrize("emc", [12, 40, 130, 2000, 60_000])
@@ -253,47 +255,139 @@ def test_probes_left_is_at_least_the_open_round_at_most_the_budget_and_ends_at_z
         assert len(probes) <= left[-1] <= 96 - search.estimates()[0].n_probes
         search.tell([result(probe, fitted(probe)) for probe in probes])
     assert search.probes_left(0) == 0
-    assert left[-1] < left[1]
 
 
-def simulate(slope, lapse, repeats, key):
-    """Log errors of EMC50 and whether each interval covers it, EMC50 drawn from params / 7 to params."""
-    rng = np.random.default_rng(key)
-    errors, covered = [], []
-    for _ in range(repeats):
-        emc = 1210 * math.exp(rng.uniform(math.log(0.15), 0.0))
-        last, _ = play(problem(), world(emc, slope, lapse, key=int(rng.integers(2**31))))
-        errors.append(math.log(last.emc50 / emc))
-        covered.append(last.emc50_low <= emc <= last.emc50_high)
-    return np.array(errors), np.array(covered)
+def test_rounds_grow_to_what_the_tolerance_seems_to_want_but_never_more_than_double():
+    last, rounds = play(problem(), world(slope=4.0), max_probes=2000, seeds=50)
+    sizes = [len(finished) for finished in rounds]
+    assert sizes[1] == ROUND_PROBES
+    assert max(sizes) > 2 * ROUND_PROBES
+    for k in range(1, len(sizes)):
+        assert sizes[k] <= max(sum(sizes[:k]), ROUND_PROBES)
+    assert not last.budget_spent
 
 
-def assert_calibrated(errors, covered):
-    # 0.86 is the aim for 90 % intervals with stopping inside, less three binomial errors. A slope of 4 falls
-    # a little short of it (0.846 in 1000 runs), which this bound does not resolve.
-    repeats = len(covered)
-    assert covered.mean() > 0.86 - 3 * math.sqrt(0.86 * 0.14 / repeats)
-    assert abs(errors.mean()) < 0.02 + 3 * errors.std() / math.sqrt(repeats)
+def test_no_interval_of_few_probes_ends_a_search():
+    """Separated at once, as a shallow curve may be by chance: the interval is narrow long before it may be believed."""
+    last, rounds = play(problem(), lambda probe: probe.n <= 600, tolerance=0.5)
+    before = sum(map(len, rounds[:-1]))
+    assert before < LEAST_PROBES <= last.n_probes
+    early, _, _ = next_round(problem(), rounds[:2], Limits(**{**DEFAULTS, "tolerance": 0.5}))
+    assert (early.emc50_high - early.emc50_low) / (2 * early.emc50) < 0.5
 
 
-@pytest.mark.parametrize(("slope", "lapse"), [(10.0, 0.0), (10.0, 0.05)])
-def test_intervals_cover_and_emc50_is_unbiased_in_a_short_simulation(slope, lapse):
-    assert_calibrated(*simulate(slope, lapse, 60, key=11))
+def test_a_slope_that_may_well_be_shallow_keeps_a_search_going():
+    """At equal width of the interval, the one whose slope is known ends."""
+    spread = {n: [n % 7 != 0 and n < 640] for n in range(560, 640, 4)} | {n: [n % 5 == 0] for n in range(641, 700, 3)}
+    for verdicts, narrow in (({500: [True] * 16, 700: [False] * 16}, False), ({**spread, 500: [True] * 90}, True)):
+        estimate, _, post = next_round(problem(), [], Limits(**DEFAULTS), known=verdicts)
+        half_width = (estimate.emc50_high - estimate.emc50_low) / (2 * estimate.emc50)
+        just_met = Limits(**{**DEFAULTS, "tolerance": 1.001 * half_width})
+        assert module._narrow(estimate, post, just_met) == narrow
+        assert not module._narrow(estimate, post, Limits(**{**DEFAULTS, "tolerance": 0.999 * half_width}))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("slope", [4.0, 10.0, 25.0])
-@pytest.mark.parametrize("lapse", [0.0, 0.05])
-def test_intervals_cover_and_emc50_is_unbiased(slope, lapse):
-    errors, covered = simulate(slope, lapse, 400, key=12)
-    assert_calibrated(errors, covered)
-    assert abs(errors.mean()) < 0.02
+def shortened(problems, curve, **limits):
+    """A whole search with short probes, on the verdicts of a curve; the search, and all probes."""
+    search = Search(problems, **{**DEFAULTS, **limits}, short_steps=lambda problem, n: STEPS // 3)
+    asked = []
+    while not search.done:
+        probes = search.ask()
+        asked += probes
+        search.tell([fit_result(probe, curve) for probe in probes])
+    return search, asked
 
 
-@pytest.mark.slow
-def test_coverage_is_the_stated_content_when_slopes_follow_the_prior():
-    rng = np.random.default_rng(13)
-    covered = np.array(
-        [simulate(math.exp(rng.normal(math.log(10.0), 0.9)), 0.2 * rng.beta(1, 5), 1, key)[1][0] for key in range(500)]
-    )
-    assert abs(covered.mean() - 0.9) < 3 * math.sqrt(0.09 / 500) + 0.02
+def fit_result(probe, curve, key=0):
+    step = curve.fit_step(probe.n, float(np.random.default_rng([key, probe.n, probe.seed]).random()))
+    fitted = step <= (STEPS // 3 if probe.short else STEPS)
+    outcome = Outcome.FITTED if fitted else Outcome.OUT_OF_BUDGET
+    return ProbeResult(probe, outcome, 1, math.ceil(step) if fitted else -1, 0.1, 0.0, EMPTY)
+
+
+def test_short_probes_come_last_and_change_nothing_at_the_full_budget():
+    curve = Curve(600.0, 10.0, elasticity=0.3)
+    search, asked = shortened([problem()], curve)
+    plain = Search([problem()], **DEFAULTS)
+    while not plain.done:
+        plain.tell([fit_result(probe, curve) for probe in plain.ask()])
+    (found,), (alone,) = search.estimates(), plain.estimates()
+    first = next(i for i, probe in enumerate(asked) if probe.short)
+    assert all(probe.short for probe in asked[first:])
+    assert len(asked) - first >= LEAST_SHORT
+    assert first == found.n_probes == alone.n_probes
+    assert (found.emc50, found.emc50_low, found.emc50_high) == (alone.emc50, alone.emc50_low, alone.emc50_high)
+    assert (alone.third, math.isnan(alone.elasticity)) == (None, True)
+    assert found.third.emc50_low < 600 * 3**-0.3 < found.third.emc50_high
+    assert found.elasticity_low < 0.3 < found.elasticity_high
+    assert found.budget_limited
+    # What the full ones did within a third of the budget counts at once.
+    assert found.third.n_probes == len(asked)
+    ns = [probe.n for probe in asked[first:]]
+    assert max(ns) < 600
+
+
+def test_without_a_rise_nothing_is_limited_by_the_budget():
+    search, _ = shortened([problem()], Curve(600.0, 40.0, elasticity=1e-6))
+    (found,) = search.estimates()
+    assert found.elasticity_low < 0.0 < found.elasticity_high
+    assert not found.budget_limited
+
+
+def test_a_falling_learning_rate_leaves_short_probes_to_themselves():
+    falling = replace(problem(), variant=replace(VARIANT, schedule="cosine"))
+    search, asked = shortened([falling], Curve(600.0, 10.0))
+    (found,) = search.estimates()
+    assert found.third.n_probes == sum(probe.short for probe in asked) < len(asked)
+
+
+def test_a_censored_variant_is_measured_at_a_third_of_the_budget_all_the_same():
+    above, _ = shortened([problem(n_max=500)], Curve(560.0, 60.0, elasticity=0.4))
+    (found,) = above.estimates()
+    assert found.censored is Censored.ABOVE
+    assert found.third.emc50 == pytest.approx(560 * 3**-0.4, rel=0.05)
+    assert math.isnan(found.elasticity)
+    assert not found.budget_limited
+
+
+def test_the_short_probes_are_those_of_the_winner_of_a_race():
+    other = replace(problem(1), variant=replace(VARIANT, lr=0.03))
+    search = Search([problem(0), other], **DEFAULTS, races=True, short_steps=lambda problem, n: STEPS // 3)
+    asked = []
+    curves = [Curve(200.0, 15.0), Curve(600.0, 15.0)]
+    while not search.done:
+        probes = search.ask()
+        asked += probes
+        search.tell([fit_result(probe, curves[probe.variant]) for probe in probes])
+    lost, won = search.estimates()
+    assert {probe.variant for probe in asked if probe.short} == {1}
+    assert lost.third is None
+    confirming = sum(CONFIRM <= probe.seed < SHORT for probe in asked)
+    assert won.n_probes == confirming
+    assert won.third.n_probes == confirming + sum(probe.short for probe in asked)
+
+
+@pytest.mark.parametrize("shuffled", [1, 2])
+def test_short_probes_do_not_depend_on_the_order_of_results(shuffled):
+    def run(order):
+        curve = Curve(150.0, 6.0, 0.02)
+        search = Search(PROBLEMS, **DEFAULTS, short_steps=lambda problem, n: STEPS // 3)
+        asked, waiting = [], []
+        while not search.done:
+            new = search.ask()
+            asked += new
+            waiting += new
+            order(waiting)
+            search.tell([fit_result(probe, curve) for probe in waiting[:3]])
+            del waiting[:3]
+        return set(asked), search.estimates()
+
+    assert run(random.Random(shuffled).shuffle) == run(lambda waiting: None)
+
+
+def test_an_early_fit_told_twice_must_be_the_same_fit():
+    search = Search([problem()], **DEFAULTS, short_steps=lambda problem, n: STEPS // 3)
+    probe = search.ask()[0]
+    search.tell([ProbeResult(probe, Outcome.FITTED, 100, 100, 0.1, 0.0, EMPTY)])
+    with pytest.raises(ValueError, match="another verdict"):
+        search.tell([ProbeResult(probe, Outcome.FITTED, STEPS, STEPS, 0.1, 0.0, EMPTY)])

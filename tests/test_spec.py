@@ -1,12 +1,13 @@
 import dataclasses
 import json
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from fasttrain import ScanSpec, UserError
-from fasttrain.spec import Variant, parse_integers, read_toml
+from fasttrain.spec import Variant, budget_steps, budget_text, parse_integers, read_toml
 
 BAD = [
     ("arch", "rnn", "mlp, linear, cnn, vit"),
@@ -96,7 +97,22 @@ BAD = [
     ("steps", 0, "at least 1"),
     ("steps", "many", "at least 1"),
     ("steps", np.array([1, 2]), "at least 1"),
+    ("budget", "300", "and its unit, such as 300epochs"),
+    ("budget", 300, "300epochs"),
+    ("budget", "", "300epochs"),
+    ("budget", "epochs", "300epochs"),
+    ("budget", "0epochs", "300epochs"),
+    ("budget", "-3epochs", "300epochs"),
+    ("budget", "0.5epochs", "whole number"),
+    ("budget", "1e-3samples", "whole number"),
+    ("budget", "300hours", "300epochs"),
+    ("budget", "300epochs,400epochs", "300epochs"),
+    ("budget", "1e9999samples", "300epochs"),
+    ("budget", "2e9epochs", "at most 1,000,000,000 epochs"),
+    ("budget", "1e19samples", "at most"),
+    ("budget", "1e19steps", "at most"),
     ("check_every", 0, "at least 1"),
+    ("early_stop", "no", "true, false"),
     ("seeds", 0, "at least 1"),
     ("n_min", 0, "at least 1"),
     ("n_max", 1, "at least 2"),
@@ -107,6 +123,11 @@ BAD = [
     ("tolerance", 0, "above 0"),
     ("tolerance", "inf", "above 0"),
     ("max_probes", 0, "at least 1"),
+    ("search", "random", "adaptive, paper, grid"),
+    ("search", "grid", "needs --n"),
+    ("growth", 1, "above 1"),
+    ("growth", "inf", "above 1"),
+    ("n", "5,9", "goes with --search grid only"),
     ("seed", -1, "at least 0"),
     ("seed", 1.5, "at least 0"),
     ("device", "gpu", "cuda:N"),
@@ -220,7 +241,13 @@ def test_defaults_are_those_of_the_issue():
         "init_scale": 1.0,
         "batch_size": (64,),
         "steps": 10_000,
+        "budget": None,
         "check_every": 100,
+        "early_stop": True,
+        "elasticity": True,
+        "search": "adaptive",
+        "growth": 1.1,
+        "n": None,
         "seeds": 16,
         "n_min": None,
         "n_max": None,
@@ -390,6 +417,11 @@ FULL = ScanSpec(
     batch_size="32,full",
     steps=777,
     check_every=7,
+    early_stop=False,
+    elasticity=False,
+    search="grid",
+    growth=1.5,
+    n="30:40:5",
     seeds=3,
     n_min=3,
     n_max=999,
@@ -403,7 +435,10 @@ FULL = ScanSpec(
 )
 
 
-@pytest.mark.parametrize("spec", [ScanSpec(), FULL])
+EPOCHS = dataclasses.replace(FULL, steps=10_000, budget="9epochs")  # one says the same as the other
+
+
+@pytest.mark.parametrize("spec", [ScanSpec(), FULL, EPOCHS])
 def test_json_gives_an_equal_spec_back(spec):
     again = ScanSpec.from_json(spec.to_json())
     assert again == spec
@@ -425,13 +460,135 @@ def test_digest_is_fixed_by_the_values_alone():
 
 def test_digest_tells_every_field_apart():
     defaults = ScanSpec(arch="mlp,cnn", widths=4)
+    together = {"search": {"search": "paper"}, "n": {"search": "grid", "n": FULL.n}}  # neither goes alone
+    values = {field.name: getattr(FULL, field.name) for field in dataclasses.fields(ScanSpec)}
     changed = {
-        field.name: dataclasses.replace(defaults, **{field.name: getattr(FULL, field.name)})
-        for field in dataclasses.fields(ScanSpec)
-        if getattr(FULL, field.name) != getattr(defaults, field.name)
+        name: dataclasses.replace(defaults, **together.get(name, {name: value}))
+        for name, value in {**values, "budget": EPOCHS.budget}.items()
+        if value != getattr(defaults, name)
     }
     assert len(changed) == len(dataclasses.fields(ScanSpec))
     assert len({spec.digest() for spec in changed.values()} | {defaults.digest()}) == len(changed) + 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "probes"),
+    [
+        ({}, 96),
+        ({"search": "paper", "seeds": 5}, 500),
+        ({"search": "paper", "max_probes": 7}, 7),
+        ({"search": "grid", "n": "9,3:4", "seeds": 5}, 15),
+    ],
+)
+def test_probes_of_a_variant_are_limited_by_the_search_unless_they_are_by_the_user(fields, probes):
+    spec = ScanSpec(**fields)
+    assert spec.max_probes == probes
+    assert ScanSpec.from_json(spec.to_json()) == spec
+
+
+def test_the_n_of_a_grid_are_sorted_whole_and_within_the_bounds():
+    assert ScanSpec(search="grid", n=["9", 3, "4:5"], n_min=3, n_max=9).n == (3, 4, 5, 9)
+    for fields, value, says in (
+        ({"n": "0,5"}, 0, "at least 1"),
+        ({"n": 2.5}, 2.5, "at least 1"),
+        ({"n": "5,9", "n_max": 8}, 9, "at most n-max, which is 8"),
+        ({"n": "5,9", "n_min": 6}, 5, "at least n-min, which is 6"),
+    ):
+        with pytest.raises(UserError, match=says) as caught:
+            ScanSpec(search="grid", **fields)
+        assert (caught.value.option, caught.value.value) == ("n", value)
+
+
+def test_the_n_of_a_grid_are_not_counted_as_variants():
+    assert len(ScanSpec(search="grid", n="1:2000", widths="1:100").variants(10)) == 100
+
+
+def test_learning_rates_race_in_the_adaptive_search_only():
+    assert ScanSpec().races
+    assert not ScanSpec(lr_search="all").races
+    assert not ScanSpec(search="paper").races
+    assert not ScanSpec(search="grid", n=5).races
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "kept"),
+    [
+        ("500steps", 500, None),
+        ("1 step", 1, None),
+        ("1e4steps", 10_000, None),
+        ("300epochs", 10_000, "300epochs"),
+        (" 1  epoch ", 10_000, "1epochs"),
+        ("1e6samples", 10_000, "1000000samples"),
+        ("1.5E+6 samples", 10_000, "1500000samples"),
+        ("1000000000000000000samples", 10_000, "1000000000000000000samples"),
+    ],
+)
+def test_a_budget_has_one_text_and_steps_are_steps(text, steps, kept):
+    spec = ScanSpec(budget=text)
+    assert (spec.steps, spec.budget) == (steps, kept)
+    assert budget_text(spec) == (kept or f"{steps}steps")
+    for same in (ScanSpec(budget=kept or f"{steps} steps"), ScanSpec(budget=kept, steps=steps)):
+        assert same == spec
+        assert same.digest() == spec.digest()
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda **fields: ScanSpec(**fields),
+        lambda **fields: ScanSpec.from_mapping(fields),
+        lambda **fields: ScanSpec.from_json(json.dumps(fields)),
+    ],
+)
+def test_steps_and_a_budget_are_one_too_many(give):
+    for budget in ("300epochs", "77steps"):
+        with pytest.raises(UserError, match="steps=500 is given too; expected one of the two") as caught:
+            give(steps=500, budget=budget)
+        assert (caught.value.option, caught.value.value) == ("budget", budget)
+    assert give(steps=500, budget=None) == ScanSpec(steps=500)
+
+
+def test_a_mapping_may_not_give_both_though_one_is_the_default(tmp_path):
+    path = tmp_path / "scan.toml"
+    path.write_text('steps = 10000\nbudget = "300epochs"\n')
+    with pytest.raises(UserError, match="300epochs: steps=10000 is given too") as caught:
+        read_toml(path)
+    assert caught.value.option == "spec"
+    with pytest.raises(UserError, match="steps=10000 is given too"):
+        ScanSpec.from_mapping({"steps": 10_000, "budget": "300epochs"})
+
+
+@pytest.mark.parametrize(
+    ("budget", "batch", "n", "steps"),
+    [
+        ("1000steps", 64, 7, 1000),
+        ("1000steps", "full", 7, 1000),
+        ("300epochs", "full", 7, 300),
+        ("300epochs", 64, 64, 300),
+        ("300epochs", 64, 1, 5),  # 4.7
+        ("300epochs", 64, 1000, 4688),  # 4687.5
+        ("1epochs", 64, 1, 1),
+        ("1000samples", 64, 10**6, 16),  # 15.6
+        ("640samples", 64, 3, 10),
+        ("1000samples", "full", 400, 3),
+        ("1000samples", "full", 10**6, 1),
+        ("1000000000epochs", 1, 10**9, 10**18),
+    ],
+)
+def test_steps_of_a_budget(budget, batch, n, steps):
+    spec = ScanSpec(budget=budget, batch_size=batch, widths=4)
+    (variant,) = spec.variants(10)
+    assert budget_steps(spec, variant, n) == steps
+    third = budget_steps(spec, variant, n, short=True)
+    assert third == max(1, round(Fraction(steps, 3)))
+
+
+def test_full_batch_and_minibatches_compare_at_equal_samples():
+    spec = ScanSpec(budget="6400samples", batch_size="64,full", widths=4)
+    minibatch, full = spec.variants(10)
+    for n in (1, 64, 640, 6400):
+        for variant, batch in ((minibatch, 64), (full, n)):
+            assert budget_steps(spec, variant, n) * batch == 6400
 
 
 def test_spec_is_frozen_and_keyword_only():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from fasttrain.records import Outcome
+from fasttrain.spec import ScanSpec
 from fasttrain.stopping import Monitor, StopRules
 
 N = 50
@@ -41,6 +42,51 @@ def test_checks_are_at_the_cadence_and_at_the_last_step(steps: int, every: int, 
     assert checks(rules) == expected
     for step in range(steps):
         assert rules.next_check(step) == min(c for c in expected if c > step)
+
+
+def rules_of(n: int = 640, short: bool = False, **fields: object) -> StopRules:
+    spec = ScanSpec(widths=4, **fields)
+    return StopRules.of(spec, spec.variants(10)[0], n, short)
+
+
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("every", [1, 100, 7000])
+def test_a_budget_in_steps_is_checked_as_asked(every: int, short: bool) -> None:
+    assert rules_of(check_every=every, short=short) == StopRules(3333 if short else 10_000, every)
+
+
+@pytest.mark.parametrize(
+    ("budget", "check_every", "short", "expected"),
+    [
+        ("1epochs", 100, False, StopRules(10, 1)),
+        ("19epochs", 100, False, StopRules(190, 1)),
+        ("300epochs", 100, False, StopRules(3000, 30)),
+        ("300epochs", 100, True, StopRules(1000, 10)),
+        ("300epochs", 20, False, StopRules(3000, 20)),
+        ("5000epochs", 100, False, StopRules(50_000, 100)),
+        ("640000samples", 100, False, StopRules(10_000, 100)),
+    ],
+)
+def test_few_steps_are_checked_more_often(budget: str, check_every: int, short: bool, expected: StopRules) -> None:
+    rules = rules_of(budget=budget, check_every=check_every, short=short)
+    assert rules == expected
+    assert len(checks(rules)) >= min(rules.steps, 100)
+
+
+def test_a_short_run_is_judged_as_one_of_a_scan_with_a_third() -> None:
+    for fields in ({"steps": 900, "check_every": 7}, {"budget": "300epochs"}):
+        third = {"steps": 300} if "steps" in fields else {"budget": "100epochs"}
+        assert rules_of(short=True, **fields) == rules_of(**{**fields, **third})
+    assert (rules_of(steps=900).plateau_after, rules_of(steps=900, short=True).plateau_after) == (90, 30)
+
+
+def test_without_early_stop_no_plateau_ends_a_run() -> None:
+    rules = rules_of(steps=1000, early_stop=False)
+    assert rules == StopRules(1000, 100, early_stop=False)
+    assert follow([1.0] * 10, rules) == [None] * 9 + [Outcome.OUT_OF_BUDGET]
+    assert follow([1.0] * 10, StopRules(1000, 100))[1] is Outcome.PLATEAUED
+    assert follow([1.0, math.nan], rules) == [None, Outcome.DIVERGED]
+    assert follow([1.0], rules, wrong=0) == [Outcome.FITTED]
 
 
 def test_a_run_that_keeps_falling_runs_out_of_budget_at_the_last_check_only() -> None:

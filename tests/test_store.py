@@ -1,5 +1,6 @@
 """The stores: what goes in comes out, from memory and from HDF5 alike, at every moment of a scan."""
 
+import dataclasses
 import math
 import os
 import re
@@ -17,8 +18,8 @@ import pytest
 from fasttrain import store as store_module
 from fasttrain.analysis import Results, load
 from fasttrain.errors import UserError
-from fasttrain.records import Censored, Estimate, History, Outcome, Probe, ProbeResult, Problem, Race
-from fasttrain.spec import ScanSpec
+from fasttrain.records import Censored, Curvature, Estimate, History, Outcome, Probe, ProbeResult, Problem, Race
+from fasttrain.spec import SHORT, ScanSpec
 from fasttrain.store import (
     GROUPS,
     SCHEMA_VERSION,
@@ -84,6 +85,10 @@ EXTREME = ProbeResult(
 )
 
 
+def looked_at(i: int) -> tuple[int, Curvature]:
+    return i, Curvature(1.5 + i, 0.25, math.nan, -0.5, 1e-9, 7.0, 2e-9, 100 * i, i % 2 == 0)
+
+
 def fill(store: MemoryStore | HDF5Store) -> None:
     """A small scan: several appends, an empty one, histories of unequal and no length, values at the ends."""
     store.begin(SPEC, PROBLEMS, CONDITIONS)
@@ -92,6 +97,9 @@ def fill(store: MemoryStore | HDF5Store) -> None:
     store.put_curves([estimate(i) for i in range(len(PROBLEMS))])
     store.append([result(i, length) for i, length in enumerate(LENGTHS[4:], 4)])
     store.append([EXTREME])
+    store.put_curvature([looked_at(3)])
+    store.put_curvature([])
+    store.put_curvature([looked_at(0), looked_at(5)])
     changed = [estimate(i, slope=-1.5) for i in range(2, len(PROBLEMS))]
     censored = estimate(1, emc50=math.nan, emc50_low=0.0, emc50_high=3.0, censored=Censored.BELOW)
     store.put_curves([censored, *changed, estimate(0, censored=Censored.ABOVE)])
@@ -115,6 +123,7 @@ def test_memory_and_file_read_alike(path: Path) -> None:
     memory, file = both(path)
     pd.testing.assert_frame_equal(memory.curves, file.curves, check_exact=True)
     pd.testing.assert_frame_equal(memory.probes, file.probes, check_exact=True)
+    pd.testing.assert_frame_equal(memory.curvature, file.curvature, check_exact=True)
     assert len(file.probes) == 7
     for probe in range(7):
         pd.testing.assert_frame_equal(memory.history(probe), file.history(probe), check_exact=True)
@@ -133,6 +142,9 @@ def test_empty_scans_read_alike(path: Path, kind: str) -> None:
     results = Results.from_memory(store) if isinstance(store, MemoryStore) else load(path)
     assert len(results.probes) == 0
     assert list(results.probes.columns) == [c.name for c in GROUPS["probes"]]
+    assert list(results.curvature.columns) == [c.name for c in GROUPS["curvature"]]
+    assert results.curvature.empty
+    assert results.curvature["products"].dtype == np.int64
     assert results.probes["n"].dtype == np.int64
     assert results.curves["emc50"].isna().all()
     assert results.curves["emc50_per_param"].isna().all()
@@ -154,6 +166,7 @@ def test_every_value_comes_back(path: Path, kind: int) -> None:
             assert row[name] == getattr(variant, name), name
         assert row["params"] == 50 * (i + 1)
         assert row["outcome"] == want.outcome.value
+        assert row["steps_budget"] == 500
         for name in ("steps", "fit_step", "train_error", "train_loss", "test_accuracy", *TIMING_COLUMNS):
             assert row[name] == getattr(want, name), name
         history = results.history(i)
@@ -164,6 +177,7 @@ def test_every_value_comes_back(path: Path, kind: int) -> None:
     assert curves["variant"].tolist() == list(range(len(PROBLEMS)))
     assert curves["n_min"].tolist() == [2 + i for i in range(len(PROBLEMS))]
     assert curves["steps_budget"].unique().tolist() == [500]
+    assert curves["budget"].unique().tolist() == ["500steps"]
     assert curves["data"].unique().tolist() == ["digits"]
     assert curves["batch_size"].unique().tolist() == [0]
     assert curves["slope"].tolist() == [3.25, 3.25] + [-1.5] * (len(PROBLEMS) - 2)
@@ -180,6 +194,12 @@ def test_every_value_comes_back(path: Path, kind: int) -> None:
     assert curves["race_emc50_low"][raced].tolist() == [8.5 for _ in raced]
     assert curves["race_emc50_high"][raced].tolist() == [math.inf for _ in raced]
     assert curves["race_emc50"][::5].isna().all()
+    assert results.curvature["row"].tolist() == [0, 1, 2]
+    for row, i in zip(results.curvature.itertuples(), (3, 0, 5), strict=True):
+        assert row.probe == i
+        for name, value in dataclasses.asdict(looked_at(i)[1]).items():
+            np.testing.assert_equal(getattr(row, name), value)
+    assert results.curvature["converged"].dtype == np.bool_
     assert results.attrs["device"] == "Große GPU, 東京"
     assert (results.attrs["threads"], results.attrs["memory_gib"], results.attrs["probes"]) == (2, 0.5, 7)
     assert results.attrs["spec_digest"] == SPEC.digest()
@@ -204,7 +224,7 @@ def test_plain_h5py_reads_the_layout(path: Path) -> None:
     fill(HDF5Store(path, overwrite=False))
     kinds = {int: "<i8", float: "<f8", bool: "|i1"}
     with h5py.File(path) as file:
-        assert list(file) == ["spec", "curves", "probes", "history"]
+        assert list(file) == ["spec", "curves", "probes", "history", "curvature"]
         assert ScanSpec.from_json(file["spec"].asstr()[()]) == SPEC
         assert file.attrs["schema_version"] == SCHEMA_VERSION
         for group, columns in GROUPS.items():
@@ -228,7 +248,7 @@ def test_plain_h5py_reads_the_layout(path: Path) -> None:
                 assert data == scale or data.dims[0][0] == scale
             assert scale.is_scale
             assert scale[:].tolist() == list(range(len(scale)))
-        assert [file[g][GROUPS[g][0].name].maxshape for g in GROUPS] == [(len(PROBLEMS),), (None,), (None,)]
+        assert [file[g][GROUPS[g][0].name].maxshape for g in GROUPS] == [(len(PROBLEMS),), (None,), (None,), (None,)]
         probes, history = file["probes"], file["history"]
         assert probes["outcome"].asstr()[:].tolist()[:3] == ["fitted", "plateaued", "diverged"]
         start, count = probes["history_start"][5], probes["history_count"][5]
@@ -405,6 +425,28 @@ def test_an_estimate_of_a_model_without_parameters() -> None:
     assert math.isnan(store.block("curves")["emc50_per_param"][0])
 
 
+@pytest.mark.parametrize(
+    ("budget", "of_curves", "of_probes"),
+    [
+        ("900steps", [900, 900], [900, 900, 300]),
+        ("300epochs", [0, 300], [47, 300, 16]),
+        ("6400samples", [100, 0], [100, 640, 33]),
+    ],
+)
+def test_budgets_are_kept_in_steps_where_these_are_known(
+    budget: str, of_curves: list[int], of_probes: list[int]
+) -> None:
+    """0 in /curves where they depend on n; in /probes those of each run, a third of them of a short one."""
+    spec = ScanSpec(widths=4, batch_size="64,full", budget=budget)
+    store = MemoryStore()
+    store.begin(spec, [Problem(i, v, 50, 2, 999) for i, v in enumerate(spec.variants(10))], {})
+    store.append([result(0, probe=probe) for probe in (Probe(0, 10, 0), Probe(1, 10, 0), Probe(0, 10, SHORT))])
+    curves, probes = store.block("curves"), store.block("probes")
+    assert curves["budget"].tolist() == [budget] * 2
+    assert curves["steps_budget"].tolist() == of_curves
+    assert probes["steps_budget"].tolist() == of_probes
+
+
 def test_the_document_lists_the_columns_of_a_file(path: Path) -> None:
     fill(HDF5Store(path, overwrite=False))
     text = (Path(__file__).parents[1] / "docs" / "hdf5.md").read_text()
@@ -434,15 +476,21 @@ def test_timing_names_are_real() -> None:
     assert {"started", "ended"} <= set(TIMING_ATTRIBUTES)
 
 
-def test_the_document_lists_what_version_1_lacks() -> None:
+@pytest.mark.parametrize(("since", "title"), [(2, "version 1 lacks"), (3, "versions 1 and 2 lack")])
+def test_the_document_lists_what_older_versions_lack(since: int, title: str) -> None:
     text = (Path(__file__).parents[1] / "docs" / "hdf5.md").read_text()
-    table = text[text.index("| columns that version 1 lacks") :].splitlines()[2:]
-    lines = [line.strip("|").split("|") for line in table if line.startswith("|")]
+    table = text[text.index(f"| columns that {title}") :].split("\n\n")[0].splitlines()[2:]
+    lines = [line.strip("|").split("|") for line in table]
     listed = {}
     for names, values in lines:
         columns = re.findall(r"`(\w+)`", names)
         of_each = [value.strip(" `") for value in values.split(",")]
         listed.update(zip(columns, of_each * len(columns) if len(of_each) == 1 else of_each, strict=True))
     said = {"": "empty", "False": "false", "nan": "NaN"}
-    lacked = {c.name: str(c.default) for columns in GROUPS.values() for c in columns if c.default is not None}
+    lacked = {
+        c.name: str(c.default)
+        for group, columns in GROUPS.items()
+        for c in columns
+        if c.since == since and group != "curvature" and c.default is not None
+    }
     assert listed == {name: said.get(value, value) for name, value in lacked.items()}

@@ -47,7 +47,7 @@ class Run:
         probe: n and seed.
         task: its training set.
         key: of its sample order.
-        monitor: its checks.
+        monitor: its checks, with the budget and the cadence that are its own.
         step: optimizer steps taken.
         batch_loss: mean loss of the minibatch of the last step before its update, in nats; for tests and logs.
     """
@@ -69,7 +69,7 @@ class Run:
             probe=probe,
             task=task(spec, variant.labels, variant.classes, probe.seed, probe.n, variant.inputs),
             key=order_key(spec.seed, probe.seed, probe.n),
-            monitor=Monitor(StopRules(spec.steps, spec.check_every)),
+            monitor=Monitor(StopRules.of(spec, variant, probe.n, probe.short)),
         )
 
     def initial_weights(self, setting: Setting) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from fasttrain.backends import oracle_optimizers
 from fasttrain.backends.base import Report, Run, Setting
 from fasttrain.models import build, input_shape
 from fasttrain.optim import lr_factor
-from fasttrain.spec import FULL_BATCH, ScanSpec, Variant
+from fasttrain.spec import FULL_BATCH, Variant
 
 
 @dataclass(slots=True, eq=False)
@@ -50,12 +50,12 @@ def _optimizer(variant: Variant, model: torch.nn.Module) -> torch.optim.Optimize
 
 
 def _scheduler(
-    spec: ScanSpec, variant: Variant, optimizer: torch.optim.Optimizer
+    variant: Variant, steps: int, optimizer: torch.optim.Optimizer
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
     if variant.schedule == "constant" and not variant.warmup:
         return None
     return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: lr_factor(variant.schedule, variant.warmup, spec.steps, done)
+        optimizer, lambda done: lr_factor(variant.schedule, variant.warmup, steps, done)
     )
 
 
@@ -84,7 +84,7 @@ class LoopBackend:
         return _Trained(
             model=model,
             optimizer=optimizer,
-            scheduler=_scheduler(setting.spec, variant, optimizer),
+            scheduler=_scheduler(variant, run.monitor.rules.steps, optimizer),
             x=x.to(setting.device, setting.dtype).view(-1, *input_shape(variant, setting.in_shape)),
             y=torch.as_tensor(run.task.y, device=setting.device),
         )

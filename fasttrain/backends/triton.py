@@ -1,6 +1,5 @@
 """Fused Triton kernels: models of many widths in the same launches, which check and stop them by themselves."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +11,7 @@ from fasttrain.kernels import fused
 from fasttrain.kernels.configurations import Configuration, configuration, width_class
 from fasttrain.models import is_perceptron
 from fasttrain.spec import FULL_BATCH, Variant
-from fasttrain.stopping import PLATEAU_AFTER, PLATEAU_RATIO
+from fasttrain.stopping import PLATEAU_RATIO
 
 PRODUCTS = {"auto": "ieee", "float32": "ieee", "float64": "ieee", "bf16x3": "bf16x3", "tf32": "tf32", "bf16": "bf16"}
 """What the products are made of, by the precision of a spec."""
@@ -43,7 +42,6 @@ class TritonBackend:
     def __init__(self, setting: Setting, variant: Variant) -> None:
         self._setting = setting
         self._numpy_type = np.dtype(str(setting.dtype).removeprefix("torch."))
-        rules = setting.spec
         self._shape = fused.Shape(
             features=setting.features,
             classes=variant.classes,
@@ -51,10 +49,7 @@ class TritonBackend:
             activation=_activation(variant),
             optimizer=variant.optimizer,
             batch=0 if variant.batch_size == FULL_BATCH else variant.batch_size,
-            precision=PRODUCTS[rules.precision],
-            budget=rules.steps,
-            check_every=min(rules.check_every, rules.steps),
-            plateau_after=math.ceil(PLATEAU_AFTER * rules.steps),
+            precision=PRODUCTS[setting.spec.precision],
             plateau_ratio=PLATEAU_RATIO,
         )
         self._configuration = configured(setting, variant)
@@ -86,13 +81,14 @@ class TritonBackend:
 
     def run(self, state: TritonState, until_step: int) -> Report:
         """Steps all runs until ``state.clock`` is ``until_step``; one that a check ends stands still from there on."""
+        left = max(run.monitor.rules.steps - run.step for run in state.runs)
         steps, launches = until_step - state.clock, state.models.launches
-        state.models.run(steps)
+        state.models.run(min(steps, left))
         state.clock = until_step
         ended = np.flatnonzero(state.models.ended()).tolist()
         before = sum(run.step for run in state.runs)
         for run, loss in zip(state.runs, state.models.last_step()[0].tolist(), strict=True):
-            run.step = min(run.step + steps, self._shape.budget)
+            run.step = min(run.step + steps, run.monitor.rules.steps)
             run.batch_loss = loss
         results = []
         for position, checks in zip(ended, state.models.history(ended), strict=True):
@@ -108,7 +104,7 @@ class TritonBackend:
         )
 
     def _model(self, run: Run) -> fused.Model:
-        variant = run.problem.variant
+        variant, rules = run.problem.variant, run.monitor.rules
         drawn = list(run.initial_weights(self._setting).values())
         return fused.Model(
             width=variant.width,
@@ -118,6 +114,9 @@ class TritonBackend:
             key=run.key,
             rates=(variant.lr, variant.momentum, variant.weight_decay),
             weights=list(zip(drawn[::2], drawn[1::2], strict=True)),
+            budget=rules.steps,
+            check_every=rules.check_every,
+            plateau_after=rules.plateau_after,
         )
 
 
@@ -152,7 +151,6 @@ def unavailable(setting: Setting, variant: Variant) -> str | None:
     for what, size, most in (
         ("width", variant.width, fused.MOST_WIDTH),
         ("number of classes", variant.classes, fused.MOST_CLASSES),
-        ("number of steps", setting.spec.steps, fused.MOST_STEPS),
     ):
         if size > most:
             return f"its largest {what} is {most:,}, not {size:,}"

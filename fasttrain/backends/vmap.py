@@ -75,7 +75,7 @@ class VmapBackend:
         self._elements = sample_elements(variant, setting.in_shape)
         self._layout = Layout({name: tuple(p.shape) for name, p in self._model.named_parameters()})
         made = _fused_optimizer if self._fused else make_optimizer
-        self._optimizer = made(variant, self._layout, setting.spec.steps)
+        self._optimizer = made(variant, self._layout)
         self._eye = torch.eye(variant.classes, device=setting.device, dtype=setting.dtype)
         smoothing = variant.label_smoothing
         self._targets = self._eye * (1 - smoothing) + smoothing / variant.classes if smoothing else self._eye
@@ -240,7 +240,7 @@ class VmapBackend:
     def _coefficients(self, models: list[Run], steps: int) -> list[torch.Tensor]:
         """The optimizer's coefficients of the coming steps, each [S, E, 1]."""
         begun = torch.tensor([run.step for run in models])
-        rates = Rates.of(run.problem.variant for run in models)
+        rates = Rates.of((run.problem.variant, run.monitor.rules.steps) for run in models)
         tables = self._optimizer.tables(begun + torch.arange(1, steps + 1)[:, None], rates)
         return [t.to(self._setting.device, self._setting.dtype)[:, :, None] for t in tables]
 
@@ -358,10 +358,10 @@ def _kernels_run(device: torch.device, classes: int) -> bool:
 _FUSED_RULES = {"sgd": "sgd", "adam": "adam", "adamw": "adam"}  # AdamW decays first, and then steps as Adam
 
 
-def _fused_optimizer(variant: Variant, layout: Layout, budget: int) -> Optimizer:
+def _fused_optimizer(variant: Variant, layout: Layout) -> Optimizer:
     """The optimizer with its rule in one kernel where there is one; the same bits."""
     if variant.optimizer not in _FUSED_RULES or variant.nesterov:
-        return make_optimizer(variant, layout, budget)
+        return make_optimizer(variant, layout)
     from fasttrain.kernels import rows
 
     plain: Any = OPTIMIZERS[variant.optimizer]
@@ -376,7 +376,7 @@ def _fused_optimizer(variant: Variant, layout: Layout, budget: int) -> Optimizer
             """One step."""
             rows.update(_FUSED_RULES[variant.optimizer], params, grads, state, row)
 
-    return Fused(variant, layout, budget)
+    return Fused(variant, layout)
 
 
 def _row_multiple(variant: Variant, in_shape: tuple[int, ...]) -> int:

@@ -34,6 +34,7 @@ class DataInfo:
         size: samples that random labels may have; None where any number can be drawn.
         test_size: samples that are kept for testing where labels are true.
         official: whether those came with it. Otherwise they are a fixed fifth of ``size``, at most 10,000.
+        pixels: whether its inputs are uint8, and stay so until a model takes them; else they are float64.
     """
 
     name: str
@@ -42,6 +43,7 @@ class DataInfo:
     size: int | None
     test_size: int = 0
     official: bool = False
+    pixels: bool = False
 
     @property
     def features(self) -> int:
@@ -62,7 +64,13 @@ def describe(name: str) -> DataInfo:
     """
     if known := sources.KNOWN.get(name):
         return DataInfo(
-            name, known.shape, known.classes, known.size, known.test or held_out(known.size), official=bool(known.test)
+            name,
+            known.shape,
+            known.classes,
+            known.size,
+            known.test or held_out(known.size),
+            official=bool(known.test),
+            pixels=known.pixels,
         )
     if shape := _gaussian(name):
         return DataInfo(name, shape, classes=10, size=None)
@@ -83,7 +91,7 @@ def _gaussian(name: str) -> tuple[int, ...] | None:
 def _info(data: Dataset) -> DataInfo:
     official = data.y_test is not None
     test = len(data.y_test) if data.y_test is not None else held_out(len(data.y))
-    return DataInfo(data.name, data.shape, data.classes, len(data.y), test, official)
+    return DataInfo(data.name, data.shape, data.classes, len(data.y), test, official, data.x.dtype == np.uint8)
 
 
 def available(info: DataInfo, labels: str, inputs: str) -> int | None:
@@ -123,7 +131,7 @@ def check(spec: ScanSpec) -> DataInfo:
     for labels in spec.labels:
         for inputs in spec.inputs:
             most = available(info, labels, inputs)
-            for option, n in (("n_max", spec.n_max), ("n_min", spec.n_min)):
+            for option, n in (("n_max", spec.n_max), ("n_min", spec.n_min), ("n", spec.n[-1] if spec.n else None)):
                 if n is not None and most is not None and n > most:
                     held = "" if most == info.size else f" to train on with {labels} labels, {info.test_size} held out"
                     raise UserError(option, n, f"{spec.data} has {most} samples{held}; expected at most that")
@@ -203,16 +211,6 @@ def test_set(spec: ScanSpec, labels: str, inputs: str, classes: int) -> tuple[np
 test_set.__test__ = False  # type: ignore[attr-defined]  # a test module that imports it has one test less
 
 
-def pool_bytes(info: DataInfo, item: int) -> int:
-    """Memory of a data set's inputs in the type that models train in, in bytes; all runs of a scan share it.
-
-    Args:
-        info: the data set.
-        item: bytes of a number.
-    """
-    return (info.size or 0) * info.features * item
-
-
 def provenance(spec: ScanSpec) -> dict[str, str | int | float]:
     """What was read and what was done to it; for the file of a scan.
 
@@ -279,7 +277,6 @@ __all__ = [
     "available",
     "check",
     "describe",
-    "pool_bytes",
     "provenance",
     "task",
     "test_set",

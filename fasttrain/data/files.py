@@ -30,6 +30,7 @@ _IDX = re.compile(r"(?P<start>.*)images(?P<sep>[-_.])idx3(?P<end>[-_.]ubyte(\.gz
 _EXPANSION = 1040
 _CIFAR_PIXELS = 3 * 32 * 32
 _MOST_CSV_COLUMNS = 2**16
+_MOST_SHOWN = 40  # characters of a cell
 
 
 def is_file_name(name: str) -> bool:
@@ -267,7 +268,8 @@ def _csv(name: str, path: Path) -> Dataset:
     for row, text in enumerate(texts, 2):
         number = _number(text)
         if number is not None and not math.isfinite(number) and _number(order[0]) is not None:
-            raise UserError("data", name, f"row {row}, column {key!r}: the label {text!r} is no number like the others")
+            what = f"row {row}, column {key!r}: the label {_shown(text)} is no number like the others"
+            raise UserError("data", name, what)
     if len(order) > MOST_CLASSES:
         raise UserError(
             "data", name, f"column {key!r} has {len(order):,} different labels; expected at most {MOST_CLASSES:,}"
@@ -283,6 +285,10 @@ def label_order(texts: Sequence[str]) -> list[str]:
     if all(_number(text) is not None for text in different):
         return sorted(sorted(different), key=float)
     return sorted(different)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "...")
 
 
 def _number(text: str) -> float | None:
@@ -307,31 +313,34 @@ class _CsvColumn:
     def _refuse(self, row: int, what: str) -> None:
         raise UserError("data", self.file, f"row {row}, column {self.name!r}: {what}")
 
+    def _first(self) -> str:
+        return f"{_shown(self.first[0])} in row {self.first[1]}"
+
     def add(self, text: str, row: int, sample: int) -> None:
         """Take the cell of a row, which has the sample of that number, from 0."""
         number = _number(text)
         if not text:
             self.empty = self.empty or row
             if self.numbers is not None:
-                self._refuse(row, f"nothing, and {self.first[0]!r} in row {self.first[1]}; expected a number")
+                self._refuse(row, f"nothing, and {self._first()}; expected a number")
         elif not self.first[1]:
             self.first = (text, row)
             if number is None:
                 self.texts = [""] * sample
             else:
                 if self.empty:
-                    self._refuse(self.empty, f"nothing, and {text!r} in row {row}; expected a number")
+                    self._refuse(self.empty, f"nothing, and {_shown(text)} in row {row}; expected a number")
                 self.numbers = array.array("d")
         if self.numbers is not None:
             if number is None:
-                self._refuse(row, f"{text!r} is no number, and {self.first[0]!r} in row {self.first[1]} is one")
+                self._refuse(row, f"{_shown(text)} is no number, and {self._first()} is one")
             elif not abs(number) <= MOST_VALUE:
-                self._refuse(row, f"{text!r} is no finite number")
+                self._refuse(row, f"{_shown(text)} is no finite number")
             else:
                 self.numbers.append(number)
         elif self.texts is not None:
             if number is not None:
-                self._refuse(row, f"{text!r} is a number, and {self.first[0]!r} in row {self.first[1]} is none")
+                self._refuse(row, f"{_shown(text)} is a number, and {self._first()} is none")
             self.texts.append(self.seen.setdefault(text, text))
 
     def values(self, samples: int) -> np.ndarray | list[str]:
@@ -348,7 +357,7 @@ def _csv_columns(
     header = [cell.strip() for cell in next(rows, [])]
     if len(header) < 2:
         raise UserError(
-            "data", file, f"row 1 has {len(header)} columns; expected a header with names, separated by commas"
+            "data", file, "row 1 has fewer than two columns; expected a header with names, separated by commas"
         )
     if len(header) > _MOST_CSV_COLUMNS:
         raise UserError("data", file, f"row 1 has {len(header):,} columns; expected at most {_MOST_CSV_COLUMNS:,}")
@@ -356,7 +365,7 @@ def _csv_columns(
         raise UserError("data", file, "row 1 has numbers only; expected a header with the names of the columns")
     for k, cell in enumerate(header):
         if cell in header[:k]:
-            raise UserError("data", file, f"row 1: two columns have the name {cell!r}; expected different names")
+            raise UserError("data", file, f"row 1: two columns have the name {_shown(cell)}; expected different names")
     lowered = [cell.lower() for cell in header]
     found = [lowered.index(key) for key in _LABELS if key in lowered]
     own = found[0] if found else len(header) - 1

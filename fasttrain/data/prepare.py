@@ -12,7 +12,8 @@ import numpy.typing as npt
 from fasttrain.data.arrays import Dataset
 from fasttrain.sampling import Purpose, order_key, permute
 
-_ROWS = 4096  # that are converted at once
+ROWS = 4096
+"""Samples that are converted at once."""
 _HELD_OUT = 5  # one sample of so many, where a data set has no test part of its own
 _MOST_HELD_OUT = 10_000
 _CONVERTED: dict[tuple[int, int, str], np.ndarray] = {}
@@ -55,9 +56,9 @@ class Task:
             found = _CONVERTED.get(key)
             if found is None:
                 found = np.empty(self.pool.shape, dtype=dtype)
-                for start in range(0, len(found), _ROWS):
-                    some = self.pool[start : start + _ROWS]
-                    found[start : start + _ROWS] = some if self.shift is None else (some - self.shift) * self.scale
+                for start in range(0, len(found), ROWS):
+                    some = self.pool[start : start + ROWS]
+                    found[start : start + ROWS] = some if self.shift is None else (some - self.shift) * self.scale
                 _CONVERTED[key] = found
                 for owner in (self.pool, self.shift):
                     if owner is not None:  # ids are used again when an array is gone
@@ -122,12 +123,12 @@ def part(data: Dataset, split_name: str, of_all: bool, shuffled: int | None = No
         shuffled: seed of the permutation of the features; None leaves them in place.
     """
     if shuffled is not None:
-        plain = part(data, split_name, of_all)
+        plain = part(data, split_name, of_all, None)  # as all others call it, so that it is kept once
         order = feature_order(shuffled, plain.pool.shape[1])
         moved = [None if each is None else each[..., order] for each in (plain.shift, plain.scale, plain.test)]
         pool = np.empty_like(plain.pool)
-        for start in range(0, len(pool), _ROWS):
-            np.take(plain.pool[start : start + _ROWS], order, axis=1, out=pool[start : start + _ROWS])
+        for start in range(0, len(pool), ROWS):
+            np.take(plain.pool[start : start + ROWS], order, axis=1, out=pool[start : start + ROWS])
         return Part(pool, moved[0], moved[1], plain.rows, plain.y, moved[2], plain.y_test)
     every = np.arange(len(data.y))
     rows, held = (every, every[:0]) if of_all or data.y_test is not None else split(split_name, len(data.y))
@@ -159,8 +160,8 @@ def _pixel_moments(data: Dataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndar
     channels = data.shape[0] if data.by_channel else features
     total, squares = np.zeros(channels, dtype=np.int64), np.zeros(channels, dtype=np.int64)
     values = np.arange(256)
-    for start in range(0, len(rows), _ROWS):
-        some = data.x[rows[start : start + _ROWS]].reshape(-1, channels, features // channels)
+    for start in range(0, len(rows), ROWS):
+        some = data.x[rows[start : start + ROWS]].reshape(-1, channels, features // channels)
         if data.by_channel:
             for c in range(channels):
                 counts = np.bincount(some[:, c].ravel(), minlength=256)
@@ -211,8 +212,8 @@ def _final(data: Dataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | No
 def moments(one: Part) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation, float64 [I], of every standardised feature over what is trained on."""
     view = Task(one.pool, one.rows, one.y, one.shift, one.scale)
-    starts = range(0, len(one.rows), _ROWS)
-    total = sum(view.inputs(one.rows[start : start + _ROWS]).sum(axis=0) for start in starts)
+    starts = range(0, len(one.rows), ROWS)
+    total = sum(view.inputs(one.rows[start : start + ROWS]).sum(axis=0) for start in starts)
     mean = np.asarray(total) / len(one.rows)
-    squares = sum(((view.inputs(one.rows[start : start + _ROWS]) - mean) ** 2).sum(axis=0) for start in starts)
+    squares = sum(((view.inputs(one.rows[start : start + ROWS]) - mean) ** 2).sum(axis=0) for start in starts)
     return mean, np.sqrt(np.asarray(squares) / len(one.rows))

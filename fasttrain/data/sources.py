@@ -46,6 +46,11 @@ class Known:
     fetch: tuple[str, int] | None = None
     test_counts: tuple[int, ...] = ()
 
+    @property
+    def pixels(self) -> bool:
+        """Whether its inputs are uint8: those of the sets of images with a test part."""
+        return len(self.shape) == 3 and self.test > 0
+
 
 _IDX_FILES = (
     "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte (or .gz)"
@@ -216,7 +221,7 @@ def _checked(name: str, found: Dataset, where: str) -> Dataset:
     ):
         if has != expected:
             raise UserError("data", name, f"{where} has {what} {has}; expected {expected}")
-    if len(known.shape) == 3 and found.x.dtype != np.uint8:
+    if known.pixels and found.x.dtype != np.uint8:
         raise UserError("data", name, f"{where} has pixels of type {found.x.dtype}; expected uint8")
     if known.test_counts and found.y_test is not None:
         counts = tuple(np.bincount(found.y_test, minlength=known.classes).tolist())

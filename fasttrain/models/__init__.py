@@ -91,7 +91,7 @@ def parameter_count(variant: Variant, in_shape: tuple[int, ...]) -> int:
         return mlp.parameter_count(variant, math.prod(in_shape))
     if variant.arch in _FAMILIES:
         return _FAMILIES[variant.arch].parameter_count(variant, in_shape)
-    return sum(p.numel() for p in _skeleton(shaping(variant), in_shape).parameters())
+    return sum(p.numel() for p in custom.build(variant, in_shape).parameters())
 
 
 def sample_elements(variant: Variant, in_shape: tuple[int, ...]) -> int:
@@ -100,7 +100,7 @@ def sample_elements(variant: Variant, in_shape: tuple[int, ...]) -> int:
         return math.prod(in_shape) + 2 * (variant.depth + 1) * max(variant.width, variant.classes)
     if variant.arch in _FAMILIES:
         return math.prod(in_shape) + _FAMILIES[variant.arch].sample_elements(variant, in_shape)
-    return custom.sample_elements(_skeleton(shaping(variant), in_shape), in_shape)
+    return custom.sample_elements(custom.build(variant, in_shape), in_shape)
 
 
 def elementwise_sizes(variant: Variant, in_shape: tuple[int, ...]) -> list[int]:
@@ -123,9 +123,7 @@ _FAMILIES = {"cnn": cnn, "vit": vit}
 
 @functools.lru_cache(maxsize=64)
 def _skeleton(variant: Variant, in_shape: tuple[int, ...]) -> torch.nn.Module:
-    """The module without memory for its weights: names and shapes."""
-    if variant.arch not in ARCHITECTURES:
-        return build(variant, in_shape)  # what a user's code does may not work without memory
+    """The module of a built-in family without memory for its weights: names and shapes."""
     with torch.device("meta"):
         return build(variant, in_shape)
 
@@ -168,16 +166,17 @@ def shaping(variant: Variant) -> Variant:
     return Variant(**{name: getattr(variant, name) for name in _SHAPING}, **_IDLE)
 
 
-def try_out(variant: Variant, in_shape: tuple[int, ...], batched: bool) -> None:
+def try_out(variant: Variant, in_shape: tuple[int, ...], batched: bool, dtype: torch.dtype) -> None:
     """Tries a module of the user's before anything is trained; the built-in families need none of that.
 
     Args:
         variant: any.
         in_shape: of a sample.
         batched: whether vmap is to train it.
+        dtype: of its parameters and inputs then.
 
     Raises:
         UserError: as ``custom.check``.
     """
     if variant.arch not in ARCHITECTURES:
-        custom.check(variant, in_shape, batched)
+        custom.check(variant, in_shape, batched, dtype)

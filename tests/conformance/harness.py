@@ -14,28 +14,66 @@ BATCHED = ("vmap", "stacked", "native")
 
 
 class Bench:
-    """Runs of one bucket on one backend; run k takes the k-th (n, variant) of a fixed list."""
+    """Runs of one bucket on one backend; run k takes the k-th n, seed (k unless given) and variant of fixed lists."""
 
     def __init__(
-        self, backend: str, ns: list[int], dtype=torch.float64, features: int = 7, device="cpu", **fields
+        self, backend: str, ns: list[int], dtype=torch.float64, features: int = 7, device="cpu", seeds=None, **fields
     ) -> None:
         fields = {"check_every": 100, "data": f"gaussian:{features}", "seed": 5, **fields}
         self.spec = ScanSpec(**fields)
         self.variants = self.spec.variants(10)
         self.setting = Setting(self.spec, features, torch.device(device), dtype, describe(self.spec.data).shape)
         self.backend = make_backend(backend, self.setting, self.variants[0])
-        self.ns = ns
+        self.ns, self.seeds = ns, range(len(ns)) if seeds is None else seeds
 
     def runs(self, which) -> list[Run]:
         out = []
         for k in which:
             index = k % len(self.variants)
             problem = Problem(index, self.variants[index], 1, 1, 10**6)
-            out.append(Run.of(self.setting, problem, Probe(index, self.ns[k], k)))
+            out.append(Run.of(self.setting, problem, Probe(index, self.ns[k], self.seeds[k])))
         return out
 
     def parameters(self, state, position: int) -> np.ndarray:
         return np.concatenate([p.ravel() for p in self.backend.parameters(state, position).values()])
+
+    def final(self, state, position: int) -> np.ndarray:
+        """Parameters of a run, and its loss and samples not right over the whole training set."""
+        losses, wrong = self.backend._evaluate(state)
+        return np.append(self.parameters(state, position), [losses[position], wrong[position]])
+
+    def trained(self, which, steps: int):
+        """A state of some runs after so many steps."""
+        state = self.backend.init(self.runs(which))
+        self.backend.run(state, steps)
+        return state
+
+    def assert_company_changes_no_bit(self, companies, steps: int) -> None:
+        """Runs in some companies, each in its own order, against all of them together."""
+        whole = self.trained(range(len(self.ns)), steps)
+        expected = [self.final(whole, i) for i in range(len(self.ns))]
+        assert all(np.isfinite(e).all() for e in expected)
+        for company in companies:
+            state = self.trained(company, steps)
+            for position, k in enumerate(company):
+                np.testing.assert_array_equal(self.final(state, position), expected[k])
+
+    def assert_insertion_changes_no_bit(self, inserted: int, dropped: int, steps: int) -> None:
+        """Run 3 alone, against itself in a slot freed after ``inserted`` steps, with neighbours until ``dropped``."""
+        alone = self.trained([3], steps)
+        state = self.trained([0, 4, 7], inserted)
+        state = self.backend.insert(self.backend.select(state, [2, 0]), self.runs([8, 3]))
+        self.backend.run(state, dropped)
+        state = self.backend.select(state, [1, 3])
+        self.backend.run(state, inserted + steps)
+        np.testing.assert_array_equal(self.final(state, 1), self.final(alone, 0))
+
+    def assert_an_explosion_touches_nobody_else(self, steps: int) -> None:
+        """The odd ones of six runs explode; the even ones against themselves without those."""
+        state, calm = self.trained(range(6), steps), self.trained([4, 0, 2], steps)
+        assert not np.isfinite(self.parameters(state, 1)).all()
+        for position, k in enumerate([4, 0, 2]):
+            np.testing.assert_array_equal(self.final(calm, position), self.final(state, k))
 
     def step(self, state, until: int):
         """Steps a state on, dropping the runs that end; yields (state, results)."""

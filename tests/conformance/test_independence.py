@@ -29,11 +29,6 @@ def ident(fields: dict) -> str:
     return "-".join(f"{value}" for value in fields.values())
 
 
-def final(bench: Bench, state, position: int) -> np.ndarray:
-    losses, wrong = bench.backend._evaluate(state)
-    return np.append(bench.parameters(state, position), [losses[position], wrong[position]])
-
-
 @pytest.mark.parametrize(
     ("dtype", "threads"), [(torch.float32, (1, 2)), (torch.float64, (1,))], ids=["float32", "float64"]
 )
@@ -43,15 +38,7 @@ def test_company_and_order_change_no_bit(fields, dtype, threads, backend):
     bench = Bench(backend, NS, dtype, **fields)  # one for all: recording its graphs takes most of the time
     for count in threads:
         torch.set_num_threads(count)
-        whole = bench.backend.init(bench.runs(range(len(NS))))
-        bench.backend.run(whole, STEPS)
-        expected = [final(bench, whole, i) for i in range(len(NS))]
-        assert all(np.isfinite(e).all() for e in expected)
-        for company in COMPANIES:
-            state = bench.backend.init(bench.runs(company))
-            bench.backend.run(state, STEPS)
-            for position, k in enumerate(company):
-                np.testing.assert_array_equal(final(bench, state, position), expected[k])
+        bench.assert_company_changes_no_bit(COMPANIES, STEPS)
 
 
 @pytest.mark.parametrize("backend", BATCHED)
@@ -60,15 +47,7 @@ def test_company_and_order_change_no_bit(fields, dtype, threads, backend):
 def test_insertion_into_a_freed_slot_changes_no_bit(batch_size, data, backend):
     features = 7 if data != "digits" else 64
     bench = Bench(backend, NS, torch.float32, features, widths=5, batch_size=batch_size, data=data, check_every=10)
-    alone = bench.backend.init(bench.runs([3]))
-    bench.backend.run(alone, 30)
-    state = bench.backend.init(bench.runs([0, 4, 7]))
-    bench.backend.run(state, 10)
-    state = bench.backend.insert(bench.backend.select(state, [2, 0]), bench.runs([8, 3]))
-    bench.backend.run(state, 20)
-    state = bench.backend.select(state, [1, 3])
-    bench.backend.run(state, 40)
-    np.testing.assert_array_equal(final(bench, state, 1), final(bench, alone, 0))
+    bench.assert_insertion_changes_no_bit(inserted=10, dropped=20, steps=30)
 
 
 @pytest.mark.parametrize("backend", BATCHED)
@@ -79,17 +58,11 @@ def test_block_length_changes_no_bit(backend):
     for step in range(1, 61):
         many.backend.run(b, step)
     for i in range(3):
-        np.testing.assert_array_equal(final(one, a, i), final(many, b, i))
+        np.testing.assert_array_equal(one.final(a, i), many.final(b, i))
 
 
 @pytest.mark.parametrize("backend", BATCHED)
 def test_a_model_that_explodes_touches_nobody_else(backend):
     # Variants alternate between the rates, so the odd runs explode.
     bench = Bench(backend, NS, torch.float32, widths=5, batch_size=7, optimizer="sgd", lr=(0.01, 1e30))
-    state = bench.backend.init(bench.runs(range(6)))
-    bench.backend.run(state, 50)
-    calm = bench.backend.init(bench.runs([4, 0, 2]))
-    bench.backend.run(calm, 50)
-    assert not np.isfinite(bench.parameters(state, 1)).all()
-    for position, k in enumerate([4, 0, 2]):
-        np.testing.assert_array_equal(final(bench, calm, position), final(bench, state, k))
+    bench.assert_an_explosion_touches_nobody_else(50)

@@ -93,11 +93,6 @@ def test_the_initial_scale_is_of_weights():
         assert full.any() == name.endswith("weight")
 
 
-def final(bench: Bench, state, position: int) -> np.ndarray:
-    losses, wrong = bench.backend._evaluate(state)
-    return np.append(bench.parameters(state, position), [losses[position], wrong[position]])
-
-
 MANY = [33, 5, 129, 300, 77, 1, 256, 131, 64, 201]
 
 
@@ -122,37 +117,15 @@ def test_company_order_and_time_of_insertion_change_no_bit(backend, fields):
     bench = Bench(backend, MANY, torch.float32, **fields)
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        whole = bench.backend.init(bench.runs(range(len(MANY))))
-        bench.backend.run(whole, 12)
-        expected = [final(bench, whole, i) for i in range(len(MANY))]
-        assert all(np.isfinite(e).all() for e in expected)
-        for company in ([3], [7, 2, 4], list(range(9, -1, -1))):
-            state = bench.backend.init(bench.runs(company))
-            bench.backend.run(state, 12)
-            for position, k in enumerate(company):
-                np.testing.assert_array_equal(final(bench, state, position), expected[k])
+        bench.assert_company_changes_no_bit(([3], [7, 2, 4], list(range(9, -1, -1))), 12)
     torch.set_num_threads(1)
-    alone = bench.backend.init(bench.runs([3]))
-    bench.backend.run(alone, 23)
-    state = bench.backend.init(bench.runs([0, 4, 7]))
-    bench.backend.run(state, 13)
-    state = bench.backend.insert(bench.backend.select(state, [2, 0]), bench.runs([8, 3]))
-    bench.backend.run(state, 19)
-    state = bench.backend.select(state, [1, 3])
-    bench.backend.run(state, 36)
-    np.testing.assert_array_equal(final(bench, state, 1), final(bench, alone, 0))
+    bench.assert_insertion_changes_no_bit(inserted=13, dropped=19, steps=23)
 
 
 @pytest.mark.parametrize("optimizer", ["rmsprop", "shampoo", "muon"])
 def test_a_model_that_explodes_touches_nobody_else(optimizer):
     bench = Bench("stacked", MANY, torch.float32, widths=5, batch_size=7, optimizer=optimizer, lr=(0.01, 1e38), clip=1)
-    state = bench.backend.init(bench.runs(range(6)))
-    bench.backend.run(state, 25)
-    calm = bench.backend.init(bench.runs([4, 0, 2]))
-    bench.backend.run(calm, 25)
-    assert not np.isfinite(bench.parameters(state, 1)).all()
-    for position, k in enumerate([4, 0, 2]):
-        np.testing.assert_array_equal(final(bench, calm, position), final(bench, state, k))
+    bench.assert_an_explosion_touches_nobody_else(25)
 
 
 ASKED = {

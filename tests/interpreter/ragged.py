@@ -17,11 +17,12 @@ FEATURES, CLASSES = 7, 5
 class Ragged:
     """Models with random weights, data and rates; model k of ``widths`` and ``ns`` is the same in any company."""
 
-    def __init__(self, widths, ns, *, dtype=torch.float64, whole=False, inputs=None, **fields):
+    def __init__(self, widths, ns, *, dtype=torch.float64, whole=False, inputs=None, budget=20, check_every=5,
+                 plateau_after=10**6, **fields):  # fmt: skip
+        self.rules = {"budget": budget, "check_every": check_every, "plateau_after": plateau_after}
         fields = {
             "features": FEATURES, "classes": CLASSES, "depth": 1, "activation": "relu", "optimizer": "sgd",
-            "batch": 16, "precision": "ieee", "budget": 20, "check_every": 5, "plateau_after": 10**6,
-            "plateau_ratio": 0.9, **fields,
+            "batch": 16, "precision": "ieee", "plateau_ratio": 0.9, **fields,
         }  # fmt: skip
         self.shape = fused.Shape(**fields)
         self.config = configuration(
@@ -53,6 +54,8 @@ class Ragged:
             weights=[
                 (rng.standard_normal((o, i)) / i**0.5, rng.standard_normal(o) / 4) for i, o in itertools.pairwise(sizes)
             ],
+            # One number for all models, or one for each.
+            **{name: rule if isinstance(rule, int) else rule[k] for name, rule in self.rules.items()},
         )
 
     def poison(self) -> None:

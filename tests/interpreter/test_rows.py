@@ -31,12 +31,13 @@ def test_the_update_has_the_bits_of_optim(name, options, dtype, monkeypatch):
     variant = dataclasses.replace(plain, optimizer=name, **options)
     layout = Layout({"weight": (size,)})
     layout.size = size
-    fused, optimizer = (make(variant, layout, 9) for make in (vmap_module._fused_optimizer, make_optimizer))
+    fused, optimizer = (make(variant, layout) for make in (vmap_module._fused_optimizer, make_optimizer))
     assert type(fused) is not type(optimizer)
     params = torch.randn(models, size, generator=rng).to(dtype)
     own, state = params.clone(), [torch.zeros(models, size, dtype=dtype) for _ in optimizer.state_names]
     theirs, other = params.clone(), [tensor.clone() for tensor in state]
-    rates = Rates(*(torch.tensor(row).double() for row in ([0.1, 0.003, 1.0], [0.9, 0.0, 0.5], [0.1, 0.0, 1.0])))
+    columns = [torch.tensor(row).double() for row in ([0.1, 0.003, 1.0], [0.9, 0.0, 0.5], [0.1, 0.0, 1.0])]
+    rates = Rates(*columns, torch.tensor([9, 9, 9]))
     tables = optimizer.tables(torch.arange(1, 4)[:, None].expand(3, models), rates)
     for step in range(3):
         grads = torch.randn(models, size, generator=rng).to(dtype)

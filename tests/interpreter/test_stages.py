@@ -35,13 +35,12 @@ def test_a_step_stage_by_stage(fields):
     models._table[:, tiles.STEP.value] = 3
     bench.poison()
     depth, count = shape.depth, len(widths)
-    budget = shape.budget
     before = [bench.weights(k) for k in range(count)]
     samples = [bench.batch(k, 3) for k in range(count)]
     inputs = [bench.inputs(k, samples[k]) for k in range(count)]
 
     for layer in range(depth):
-        models._hidden(layer, "hidden", 0, 0, budget, train=True)
+        models._hidden(layer, "hidden", 0, 0, train=True)
         for k, width in enumerate(widths):
             x = inputs[k] if layer == 0 else bench.acts(k, 0, layer - 1)[: len(samples[k]), :width]
             z = reference.linear(x[None], *(t[None] for t in before[k][layer]))[0]
@@ -72,7 +71,7 @@ def test_a_step_stage_by_stage(fields):
     fused_back = shape.classes <= fused._FUSED_CLASSES
     for layer in range(depth, 0, -1):
         if layer < depth or not fused_back:
-            models._back(layer, 0, budget)
+            models._back(layer, 0)
         for k, width in enumerate(widths):
             upper = deltas[k][0]
             a = bench.acts(k, 0, layer - 1)[: len(samples[k]), :width]
@@ -119,7 +118,7 @@ def only(bench: Ragged, kernel) -> None:
     models, start = bench.models, bench.models._start
     models._start = lambda which, *args, **named: start(which, *args, **named) if which is kernel else None
     try:
-        models._step(0, bench.shape.budget)
+        models._step(0)
     finally:
         del models._start
 
@@ -185,7 +184,7 @@ def test_the_samples_of_a_step_are_those_of_every_backend():
     for step in (0, 1, 26, 10**6):
         models._table[:, tiles.STEP.value] = step
         models._drawn.tensor.fill_(-1)
-        models._hidden(0, "hidden", 0, 0, bench.shape.budget, train=True)
+        models._hidden(0, "hidden", 0, 0, train=True)
         for k in range(len(ns)):
             at, size = models._place(models._order[k]).drawn
             found = models._drawn.tensor[at : at + size].view(2, -1).numpy()
@@ -199,48 +198,54 @@ def test_the_samples_of_a_step_are_those_of_every_backend():
 def test_the_stop_rules_are_those_of_the_monitor(seed):
     """``decide`` on made-up checks of many models, against the monitor of the other backends."""
     rng = np.random.default_rng(seed)
-    steps, every, n, count = 1010, 20, 64, 12
-    rules = StopRules(steps, every)
-    checks = -(-steps // every)
+    n, count = 64, 12
+    # Side by side: a long budget, a short one with another cadence, and one that no plateau ends.
+    kinds = StopRules(1010, 20), StopRules(337, 7), StopRules(337, 20, early_stop=False)
+    rules = [kinds[k % 3] for k in range(count)]
+    checks = 51
     slope = rng.uniform(0, 0.1, (count, 1))
     losses = np.exp(-slope * np.arange(checks) + rng.normal(0, 0.05, (count, checks)))
     wrong = rng.integers(1, n, (count, checks))
     wrong[0, 3] = 0
     losses[1, 2] = NAN
     losses[2, 4] = np.inf
-    bench = Ragged((1,) * count, (n,) * count, budget=steps, check_every=every, plateau_after=101, whole=False)
+    bench = Ragged(
+        (1,) * count, (n,) * count, whole=False, budget=[r.steps for r in rules],
+        check_every=[r.check_every for r in rules], plateau_after=[r.plateau_after for r in rules],
+    )  # fmt: skip
     models = bench.models
     ended = np.zeros(count, dtype=int)
     for check in range(checks):
         models._check_losses[:, 0] = torch.as_tensor(losses[:, check] * n)
         models._check_wrong[:, 0] = torch.as_tensor(wrong[:, check])
-        models._table[:, tiles.STEP.value] = rules.step_of(check + 1) - 1
+        models._table[:, tiles.STEP.value] = torch.tensor([r.step_of(check + 1) - 1 for r in rules])
         only_decide(bench)
         ended[models.ended() & (ended == 0)] = check + 1
     outcomes = set()
     for k in range(count):
-        monitor = Monitor(rules)
+        own = rules[k]
+        monitor = Monitor(own)
         expected = next(
             c + 1
             for c in range(checks)
-            if (outcome := monitor.observe(rules.step_of(c + 1), float(losses[k, c]), int(wrong[k, c]), n)) is not None
+            if (outcome := monitor.observe(own.step_of(c + 1), float(losses[k, c]), int(wrong[k, c]), n)) is not None
         )
         outcomes.add(str(outcome))
         assert ended[k] == expected
         found = models.history([k])[0]
         np.testing.assert_array_equal(found[:, 1], wrong[k, :expected])
         np.testing.assert_allclose(found[:, 0], losses[k, :expected], rtol=1e-15)
-        again = Monitor(rules)
+        again = Monitor(own)
         again.record(found[:-1, 0], found[:-1, 1], n)
-        assert again.observe(rules.step_of(expected), float(found[-1, 0]), int(found[-1, 1]), n) == outcome
-    assert {"fitted", "diverged", "plateaued"} <= outcomes
+        assert again.observe(own.step_of(expected), float(found[-1, 0]), int(found[-1, 1]), n) == outcome
+    assert {"fitted", "diverged", "plateaued", "out_of_budget"} <= outcomes
 
 
 def only_decide(bench: Ragged) -> None:
     models, start = bench.models, bench.models._start
     models._start = lambda which, *a, **named: start(which, *a, **named) if which is drivers.decide_stage else None
     try:
-        models._check(0, bench.shape.budget)
+        models._check(0)
     finally:
         del models._start
 
@@ -250,7 +255,7 @@ def test_inputs_stay_in_their_own_type():
     bench = Ragged((3,), (40,), inputs=torch.uint8)
     assert bench.models._pool.tensor.dtype == torch.uint8
     bench.poison()
-    bench.models._hidden(0, "hidden", 0, 0, bench.shape.budget, train=True)
+    bench.models._hidden(0, "hidden", 0, 0, train=True)
     samples = bench.batch(0, 0)
     x = bench.inputs(0, samples)
     assert x.max() > 100

@@ -12,6 +12,7 @@ from fasttrain import ScanSpec, UserError, scan
 from fasttrain.backends import choose, make_backend, together
 from fasttrain.backends import triton as backend_module
 from fasttrain.backends.base import Setting
+from fasttrain.spec import SHORT
 
 # Both below and above the batch size of 16, no multiple of a block; widths on both sides of a block of 16 units.
 WIDTHS, NS = (3, 16, 1), (40, 5, 70)
@@ -151,6 +152,53 @@ def test_outcomes_and_histories_are_the_oracles(whole, monkeypatch):
         np.testing.assert_array_equal(own.history.step, loop.history.step)
         np.testing.assert_allclose(own.history.train_loss, loop.history.train_loss, rtol=1e-9)
     assert {str(r.outcome) for r in found["triton"].values()} >= {"fitted", "diverged"}
+
+
+EPOCHS, STEPS = {"budget": "6epochs", "early_stop": False}, {"steps": 23, "check_every": 5}
+
+
+@pytest.mark.parametrize(("fields", "whole"), [(EPOCHS, False), (EPOCHS, True), (STEPS, False)], ids=str)
+def test_budgets_are_each_runs_own(fields, whole, monkeypatch):
+    """Epochs at unequal n, and short runs beside full ones."""
+    force(monkeypatch, whole)
+    found = {}
+    for backend in ("loop", "triton"):
+        bench = Bench(
+            backend, [12, 5, 30, 30], features=5, widths=3, classes=4, optimizer="sgd", lr=0.1, batch_size=8,
+            seeds=[0, 1, 2, SHORT], **fields,
+        )  # fmt: skip
+        _, results = bench.step(bench.backend.init(bench.runs(range(4))), 40)
+        found[backend] = {r.probe.seed: r for r in results}
+    budgets = {0: 9, 1: 4, 2: 23, SHORT: 8} if "budget" in fields else {0: 23, 1: 23, 2: 23, SHORT: 8}
+    assert found["loop"].keys() == found["triton"].keys() == budgets.keys()
+    for seed, loop in found["loop"].items():
+        own = found["triton"][seed]
+        assert (own.outcome, own.steps, own.fit_step) == (loop.outcome, loop.steps, loop.fit_step)
+        assert own.outcome != "out_of_budget" or own.steps == budgets[seed]
+        np.testing.assert_array_equal(own.history.step, loop.history.step)
+        np.testing.assert_allclose(own.history.train_loss, loop.history.train_loss, rtol=1e-9)
+    spent = {seed for seed, result in found["triton"].items() if result.outcome == "out_of_budget"}
+    assert fields is STEPS or spent >= {2, SHORT}
+
+
+def test_models_of_several_cadences_are_launched_in_few_different_blocks():
+    """Every block ends at the next check of any model or is a power of two, so that a recorded graph serves again."""
+    bench = Ragged((3, 5, 2), (20, 9, 33), budget=[7, 12, 20], check_every=[2, 3, 5])
+    blocks, stages = [], bench.models._stages
+    bench.models._stages = lambda steps: (blocks.append((steps, *bench.models._check_steps(steps))), stages(steps))
+    bench.models.run(9)
+    bench.models.run(11)
+    at = np.cumsum([steps for steps, *_ in blocks])
+    assert at[-1] == 20
+    checked = [int(end) for end, (steps, *due) in zip(at, blocks, strict=True) if due == [steps - 1]]
+    assert checked == [2, 3, 4, 5, 6, 7, 9, 10, 12, 15, 20]
+    assert all(not due or due == [steps - 1] for steps, *due in blocks)
+    assert {steps for steps, *_ in blocks} <= {1, 2, 4}
+    together = Ragged((3, 5, 2), (20, 9, 33), budget=[7, 12, 20], check_every=[2, 3, 5], whole=True)
+    together.models.run(20)
+    for own, other in zip(bench.models.history(range(3)), together.models.history(range(3)), strict=True):
+        np.testing.assert_array_equal(own, other)
+    assert [len(checks) for checks in bench.models.history(range(3))] == [4, 4, 4]
 
 
 def test_a_whole_scan_is_the_oracles(tmp_path):
