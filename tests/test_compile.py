@@ -60,8 +60,8 @@ def kernels() -> dict[Case, list[Kernel]]:
     return compiled(CASES)
 
 
-# Two loop counters of the check's outputs, called in the kernel of whole steps, since budgets are each model's own: no
-# limit of registers from 128 to 255 and no size of a block near by was without them.
+# Of the head's tile, called in the kernel of whole steps, since budgets are each model's own: no limit of registers
+# from 128 to 255 and none of the smaller blocks that were tried was without it.
 KNOWN = {(80, "ieee", 16): 16}
 
 
