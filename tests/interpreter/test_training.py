@@ -191,7 +191,11 @@ def test_models_of_several_cadences_are_launched_in_few_different_blocks():
     at = np.cumsum([steps for steps, *_ in blocks])
     assert at[-1] == 20
     checked = [int(end) for end, (steps, *due) in zip(at, blocks, strict=True) if due == [steps - 1]]
-    assert set(checked) <= {2, 3, 4, 5, 6, 7, 9, 10, 12, 15, 20}  # which of them took place is counted below
+    # Up to 12 cadences differ; then one model is left, and a check may fall inside a block.
+    assert [end for end in checked if end <= 12] == [2, 3, 4, 5, 6, 7, 9, 10, 12]
+    mixed = [block for end, block in zip(at, blocks, strict=True) if end <= 12]
+    assert all(not due or due == [steps - 1] for steps, *due in mixed)
+    assert {steps for steps, *_ in mixed} <= {1, 2, 4}
     together = Ragged((3, 5, 2), (20, 9, 33), budget=[7, 12, 20], check_every=[2, 3, 5], whole=True)
     together.models.run(20)
     for own, other in zip(bench.models.history(range(3)), together.models.history(range(3)), strict=True):
