@@ -150,7 +150,7 @@ def economy_command(quick: bool, out: Path, runs: int, scans: int) -> None:
 def stopping_command(quick: bool, out: Path, runs: int) -> None:
     """How often the plateau rule stops a run that would have fitted; writes stopping.csv and stopping.json."""
     widths, runs = ((8,), 16) if quick else ((8, 16, 24, 32), runs)
-    rows, facts = stopping.run(widths, runs, seed=11)
+    rows, facts = stopping.run(widths, runs, seed=12)
     _table(out / "stopping.csv", stopping.COLUMNS, rows)
     (out / "stopping.json").write_text(json.dumps({**conditions(), **facts}, indent=1) + "\n", encoding="utf-8")
 

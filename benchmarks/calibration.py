@@ -114,7 +114,7 @@ def play(
     """
     at = at or problem()
     limits = {"seeds": _DEFAULT.seeds, "interval": interval, "tolerance": tolerance, "max_probes": max_probes}
-    one = Search([at], **limits, short_steps=(lambda _problem, _n: STEPS // 3) if short else None)
+    one = Search([at], **limits, run_steps=_run_steps if short else None)
     verdicts: dict[int, list[bool]] = {}
     samples, rounds = 0.0, 0
     while not one.done:
@@ -135,6 +135,11 @@ def play(
     post = estimate.posterior(ns, fits, fails, n_min=at.n_min, n_max=at.n_max)
     below = 1.0 - post.above(math.log(curve.emc)), post.slope_below(curve.slope)
     return Trial(curve, one.estimates()[0], below, samples, rounds)
+
+
+def _run_steps(problem: Problem, n: int, short: bool) -> int:
+    del problem, n
+    return STEPS // 3 if short else STEPS
 
 
 def _result(probe: Probe, fit_step: int) -> ProbeResult:
@@ -243,9 +248,14 @@ def simulation_based(runs: int) -> dict[str, float]:
 
 def one_at_a_time(curve: Curve, key: int) -> Trial:
     """As ``fixed``, with rounds of a single probe; without short ones."""
+    single_probes()
+    return fixed(curve, key, short=False)
+
+
+def single_probes() -> None:
+    """From now on all searches of this process ask for one probe at a time."""
     search.ROUND_PROBES = 1
     search._round_size = lambda *_: 1
-    return fixed(curve, key, short=False)
 
 
 def misfits(curve: Curve, runs: int) -> float:

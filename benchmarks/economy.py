@@ -5,6 +5,7 @@ Costs are sample-updates, counted and not timed: the steps that each run took, t
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,6 +16,7 @@ from benchmarks import calibration
 from benchmarks.calibration import STEPS, Curve, Trial, many
 from fasttrain import ScanSpec
 from fasttrain.estimate import estimate, posterior
+from fasttrain.machine import cores
 from fasttrain.records import Estimate, Problem
 
 COLUMNS = ("probes", "design", "ratio", "seeds", "half_width", "runs", "sample_updates", "times_adaptive")
@@ -26,6 +28,9 @@ _SLOPES = (6.0, 10.0, 16.0, 25.0, 40.0)
 
 Probes = Mapping[tuple[int, int], tuple[bool, float]]
 """By (n, seed): whether the run fitted, and the steps that it took."""
+
+Done = tuple[float, int, float]
+"""Half-width, runs and steps of a design."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,7 @@ def half_width(found: Estimate) -> float:
     return share if math.isfinite(share) else math.inf
 
 
-def from_grid(grid: Grid, at: Problem, run: Callable[[int, int], tuple[bool, float]]) -> tuple[float, int, float]:
+def from_grid(grid: Grid, at: Problem, run: Callable[[int, int], tuple[bool, float]]) -> Done:
     """Half-width, runs and steps of a fixed design; ``run`` gives the verdict and the steps at (n, seed)."""
     ns, fits, steps = grid.ns(at.params), [], 0.0
     for n in ns:
@@ -65,21 +70,66 @@ def simulated(runs: int) -> Iterator[dict[str, object]]:
     The truths have EMC50 between 0.15 and 1 times the parameters and slopes from 6 to 40. Two designs are equally
     precise when the medians of their half-widths are equal.
     """
-    found = many(partial(_adaptive, batch=0), runs)
-    ours = float(np.median([half_width(trial.found) for trial in found]))
-    cost = float(np.mean([trial.samples for trial in found]))
+    found = many(_adaptive, runs)
+    ours, cost = _precision(found), _cost(found)
+    yield _row("simulated", "adaptive", math.nan, 0, ours, _probes(found), cost, cost)
+    single = many(_one_at_a_time, runs)
     yield _row(
-        "simulated", "adaptive", math.nan, 0, ours, float(np.mean([t.found.n_probes for t in found])), cost, cost
+        "simulated", "one probe at a time", math.nan, 0, _precision(single), _probes(single), _cost(single), cost
     )
     at = calibration.problem()
-    for ratio in _RATIOS:
-        for seeds in _SEEDS:
-            done = [from_grid(Grid(ratio, seeds), at, _simulator(key)) for key in range(runs)]
-            width = float(np.median([share for share, _, _ in done]))
-            if width <= ours:
-                runs_of, steps = (float(np.mean([one[i] for one in done])) for i in (1, 2))
-                yield _row("simulated", "grid", ratio, seeds, width, runs_of, steps, cost)
-                break
+    with ProcessPoolExecutor(cores()) as workers:
+        for ratio in _RATIOS:
+            yield from _cheapest(
+                "simulated",
+                ratio,
+                lambda seeds, ratio=ratio: list(
+                    workers.map(partial(_one_grid, Grid(ratio, seeds), at), range(runs), chunksize=8)
+                ),
+                ours,
+                cost,
+            )
+
+
+def _cheapest(
+    probes: str, ratio: float, played: Callable[[int], Sequence[Done]], ours: float, cost: float
+) -> Iterator[dict[str, object]]:
+    """The grid of a ratio that is as precise as the adaptive search; none if no number of seeds is.
+
+    Between two numbers of seeds on either side of that precision, ln half-width is taken as linear in ln seeds: a grid
+    is not charged for the whole seed that it needs a part of.
+    """
+    before: tuple[int, float, float, float] | None = None
+    for seeds in _SEEDS:
+        done = played(seeds)
+        width = float(np.median([share for share, _, _ in done]))
+        runs, steps = (float(np.mean([one[i] for one in done])) for i in (1, 2))
+        if width > ours:
+            before = seeds, width, runs, steps
+            continue
+        part = 1.0
+        if before is not None and math.isfinite(before[1]) and before[1] > width:
+            part = math.log(before[1] / ours) / math.log(before[1] / width)
+            start = before[0]
+            exact = start * (seeds / start) ** part
+            part = (exact - start) / (seeds - start)
+            runs, steps = before[2] + part * (runs - before[2]), before[3] + part * (steps - before[3])
+            yield _row(probes, "grid", ratio, round(exact, 2), ours, runs, steps, cost)
+        else:
+            yield _row(probes, "grid", ratio, seeds, width, runs, steps, cost)
+        return
+
+
+def _precision(trials: Sequence[Trial]) -> float:
+    return float(np.median([half_width(trial.found) for trial in trials]))
+
+
+def _cost(trials: Sequence[Trial]) -> float:
+    return float(np.mean([trial.samples for trial in trials]))
+
+
+def _probes(trials: Sequence[Trial]) -> float:
+    return float(np.mean([trial.found.n_probes for trial in trials]))
 
 
 def _curve(key: int) -> Curve:
@@ -88,9 +138,17 @@ def _curve(key: int) -> Curve:
     return Curve(emc, float(rng.choice(_SLOPES)), 0.02)
 
 
-def _adaptive(key: int, batch: int) -> Trial:
-    del batch
+def _adaptive(key: int) -> Trial:
     return calibration.play(_curve(key), [key, 4], short=False)
+
+
+def _one_at_a_time(key: int) -> Trial:
+    calibration.single_probes()
+    return _adaptive(key)
+
+
+def _one_grid(grid: Grid, at: Problem, key: int) -> Done:
+    return from_grid(grid, at, _simulator(key))
 
 
 def _simulator(key: int) -> Callable[[int, int], tuple[bool, float]]:
@@ -130,20 +188,18 @@ def _real_grids(spec: ScanSpec, found: "fasttrain.Results", ours: float, cost: f
     ]
     for ratio in _RATIOS:
         stored: dict[int, Probes] = {}
-        reached: dict[int, list[int]] = {}
-        for at in problems:
-            reached[at.index] = [n for n in Grid(ratio, 1).ns(at.params) if n <= at.n_max]
-        for seeds in _SEEDS:
+
+        def played(seeds: int, ratio: float = ratio, stored: dict[int, Probes] = stored) -> list[Done]:
+            done = []
             for at in problems:
-                if (reached[at.index][0], seeds - 1) not in stored.get(at.index, {}):
-                    more = min(most, max(2 * seeds, 4))
-                    stored[at.index] = _measured(spec, at, reached[at.index], more)
-            done = [from_grid(_Cut(ratio, seeds), at, partial(_stored, stored[at.index])) for at in problems]
-            width = float(np.median([share for share, _, _ in done]))
-            if width <= ours:
-                runs_of, steps = (float(np.mean([one[i] for one in done])) for i in (1, 2))
-                yield _row("real", "grid", ratio, seeds, width, runs_of, steps * batch, cost)
-                break
+                grid = _Cut(ratio, seeds)
+                ns = grid.ns(at.params)
+                if (ns[0], seeds - 1) not in stored.get(at.index, {}):
+                    stored[at.index] = _measured(spec, at, ns, min(most, max(2 * seeds, 4)))
+                done.append(from_grid(grid, at, partial(_stored, stored[at.index])))
+            return [(share, runs, steps * batch) for share, runs, steps in done]
+
+        yield from _cheapest("real", ratio, played, ours, cost)
 
 
 def _stored(probes: Probes, n: int, seed: int) -> tuple[bool, float]:
@@ -173,7 +229,7 @@ def _share(row: Mapping[str, float]) -> float:
 
 
 def _row(
-    probes: str, design: str, ratio: float, seeds: int, width: float, runs: float, cost: float, ours: float
+    probes: str, design: str, ratio: float, seeds: float, width: float, runs: float, cost: float, ours: float
 ) -> dict[str, object]:
     return {
         "probes": probes,

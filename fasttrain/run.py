@@ -462,8 +462,8 @@ class _Scan:
         spec, problems = self.spec, self.prepared.problems
         self.begin = time.perf_counter()
 
-        def short_steps(problem: Problem, n: int) -> int:
-            return budget_steps(spec, problem.variant, n, short=True)
+        def run_steps(problem: Problem, n: int, short: bool) -> int:
+            return budget_steps(spec, problem.variant, n, short)
 
         self.search = Search(
             problems,
@@ -472,7 +472,7 @@ class _Scan:
             tolerance=spec.tolerance,
             max_probes=spec.max_probes,
             races=spec.races,
-            short_steps=short_steps if spec.shortens else None,
+            run_steps=run_steps if spec.shortens else None,
             early_tells=early_tells(spec.check_every, 0 if spec.budget else spec.steps),
             design=design_of(spec),
         )

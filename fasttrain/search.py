@@ -27,8 +27,8 @@ ROUND_MARGIN = 1.25
 """A round has as many times the probes that the tolerance seems to want, all rounds together."""
 LEAST_PROBES = 32
 LEAST_SHORT = 24
-"""With fewer than these no interval is narrow enough: the slope rests on chance. Of short probes, whose search knows
-already where to look."""
+"""With fewer than these no interval is narrow enough at a tolerance of 0.1 or less: the slope rests on chance. Of short
+probes, whose search knows already where to look. At 0.2 and more half as many do (``least``)."""
 END_PROBES = 4
 """Probes of a round before that, at an end of the range; five with the ladder's."""
 SURELY_WORSE = 0.99
@@ -77,7 +77,7 @@ def next_round(
     ahead). A round has ``ROUND_PROBES``, or as many as the tolerance seems to want, ``ROUND_MARGIN`` times, but at most
     as many as there are already.
 
-    The search of a variant ends when a fit and a failure were seen, ``LEAST_PROBES`` ran, (high - low) / (2 EMC50)
+    The search of a variant ends when a fit and a failure were seen, ``least`` probes ran, (high - low) / (2 EMC50)
     is at most the tolerance and would not be much more were the slope at its lower 5 % (``_narrow``); when the whole
     interval lies beyond an end of the range and five probes (or all seeds) ran at that end; or when max_probes or the
     telling n are used up: then ``budget_spent`` is set.
@@ -101,7 +101,7 @@ def next_round(
     for probe in (probe for finished_round in rounds for probe in finished_round):
         used[probe.n] = used.get(probe.n, 0) + 1
     own = sum(used.values())
-    enough = own >= min(LEAST_SHORT if known else LEAST_PROBES, limits.max_probes)
+    enough = own >= min(least(limits, bool(known)), limits.max_probes)
     ended = enough and _narrow(running, post, limits)
     ended = ended or _surely_censored(problem, verdicts, running, post, limits)
     targets: Sequence[int] = ()
@@ -127,6 +127,12 @@ def next_round(
 
 Design = Callable[[Problem, Sequence[Mapping[Probe, bool]], Limits, int], tuple[Estimate, tuple[Probe, ...], Posterior]]
 """What decides on the probes: ``next_round``, or another one of its kind (``fasttrain.designs``)."""
+
+
+def least(limits: Limits, short: bool = False) -> int:
+    """Probes before any interval counts as narrow: fewer the less narrow it need be, since fewer looks then end it."""
+    share = min(max(0.1 / limits.tolerance, 0.5), 1.0)
+    return round((LEAST_SHORT if short else LEAST_PROBES) * share)
 
 
 def assess(
@@ -228,8 +234,8 @@ def raced(problems: Sequence[Problem]) -> list[list[Problem]]:
     return list(groups.values())
 
 
-ShortSteps = Callable[[Problem, int], int]
-"""Optimizer steps in a third of the budget of a variant at n."""
+RunSteps = Callable[[Problem, int, bool], int]
+"""Optimizer steps that a run of a variant at n may take; True asks for a short one."""
 
 
 class Search:
@@ -246,7 +252,7 @@ class Search:
         tolerance: half-width of the interval, as a share of EMC50, at which a variant is done.
         max_probes: at most so many probes a variant; the winner of a race has as many again, and so have short probes.
         races: whether variants race that differ only in their learning rate.
-        short_steps: what EMC50 at a third of the budget is measured with; None where it is not.
+        run_steps: budgets of runs, where EMC50 at a third of the budget is measured; None where it is not.
         early_tells: whether full runs are checked often enough to count at a third of their budget too.
         design: what decides on the probes of a round, from the rounds before it.
     """
@@ -260,14 +266,14 @@ class Search:
         tolerance: float,
         max_probes: int,
         races: bool = False,
-        short_steps: ShortSteps | None = None,
+        run_steps: RunSteps | None = None,
         early_tells: bool = True,
         design: Design = next_round,
     ) -> None:
         limits = Limits(seeds=seeds, interval=interval, tolerance=tolerance, max_probes=max_probes)
         by_index: dict[int, _Group] = {}
         for problems_of in raced(problems) if races else [[problem] for problem in problems]:
-            group = _Group(problems_of, limits, short_steps, early_tells, design)
+            group = _Group(problems_of, limits, run_steps, early_tells, design)
             by_index.update(dict.fromkeys((problem.index for problem in problems_of), group))
         self._groups = {problem.index: by_index[problem.index] for problem in problems}
 
@@ -303,11 +309,11 @@ class Search:
         """Whether the search of every variant has ended, and with it every race, confirmation and short probe."""
         return all(group.done for group in self._groups.values())
 
-    def probes_left(self, index: int) -> int:
-        """About how many results of a variant are to come: its open round, or more if its interval is wide.
+    def probes_left(self, index: int) -> float:
+        """About how many results of a variant are to come, a short one as a third.
 
-        The interval's width falls with the square root of the number of probes. The confirmation of a race is
-        counted with its leader.
+        The interval's width falls with the square root of the number of probes. The confirmation of a race and the
+        short probes after it are counted with its leader.
 
         Args:
             index: ``Problem.index``.
@@ -326,14 +332,14 @@ class _Verdict:
 class _Told:
     """The verdicts told so far, by variant, n and seed."""
 
-    def __init__(self, problems: Mapping[int, Problem], short_steps: ShortSteps | None) -> None:
-        self._problems, self._short_steps = problems, short_steps
+    def __init__(self, problems: Mapping[int, Problem], run_steps: RunSteps | None) -> None:
+        self._problems, self._run_steps = problems, run_steps
         self._verdicts: dict[tuple[int, int, int], _Verdict] = {}
 
     def record(self, result: ProbeResult) -> None:
         probe, early = result.probe, False
-        if self._short_steps is not None and result.fitted:
-            early = result.fit_step <= self._short_steps(self._problems[probe.variant], probe.n)
+        if self._run_steps is not None and result.fitted:
+            early = result.fit_step <= self._run_steps(self._problems[probe.variant], probe.n, True)
         verdict = _Verdict(result.fitted, early)
         if self._verdicts.setdefault((probe.variant, probe.n, probe.seed), verdict) != verdict:
             raise ValueError(f"{probe} was told before with another verdict")
@@ -358,15 +364,15 @@ class _Group:
         self,
         problems: Sequence[Problem],
         limits: Limits,
-        short_steps: ShortSteps | None,
+        run_steps: RunSteps | None,
         early_tells: bool,
         design: Design,
     ) -> None:
         self._problems = {problem.index: problem for problem in problems}
         self._limits = limits
         self._design = design
-        self._told = _Told(self._problems, short_steps)
-        self._shorten = short_steps is not None
+        self._told = _Told(self._problems, run_steps)
+        self._run_steps = run_steps
         self._early_tells = early_tells
         self._searches = {problem.index: _VariantSearch(problem, limits, self._told, design) for problem in problems}
         self._left = list(self._problems)  # not dropped
@@ -392,7 +398,7 @@ class _Group:
                 search.close()
             if self._final is None:
                 self._judge()
-            elif self._shorten and self._short is None and not self._final.open:
+            elif self._run_steps is not None and self._short is None and not self._final.open:
                 self._begin_short(self._final)
 
     def take(self, index: int) -> list[Probe]:
@@ -417,11 +423,18 @@ class _Group:
             race = Race.RUNNING if self._winner is None else Race.LOST
         return replace(shown, race=race, race_emc50=own.emc50, race_low=own.emc50_low, race_high=own.emc50_high)
 
-    def probes_left(self, index: int) -> int:
+    def probes_left(self, index: int) -> float:
         running = self._running()
-        left = running[index].probes_left() if index in running else 0
-        if self._final is None and index == self._leader:
+        left: float = running[index].probes_left() if index in running else 0
+        if self._short is not None:
+            return left / 3.0
+        first = self._leader if self._final is None else self._winner
+        if index != first:
+            return left
+        if self._final is None:
             left += min(self._searches[index].estimate.n_probes + left, self._limits.max_probes)
+        if self._run_steps is not None:
+            left += min(least(self._limits, True), self._limits.max_probes) / 3.0
         return left
 
     def _running(self) -> dict[int, "_VariantSearch"]:
@@ -456,7 +469,7 @@ class _Group:
 
     def _with_short(self, final: "_VariantSearch") -> Estimate:
         shown = final.estimate
-        if not self._shorten:
+        if self._run_steps is None:
             return shown
         if self._short is None:
             return replace(shown, finished=False)
@@ -464,7 +477,11 @@ class _Group:
         shown = replace(shown, third=third, finished=third.finished)
         if math.isnan(shown.emc50) or math.isnan(third.emc50):
             return shown
-        rise, content = math.log(3.0), self._limits.interval
+        n = round(shown.emc50)
+        rise = math.log(self._run_steps(final.problem, n, False) / self._run_steps(final.problem, n, True))
+        if rise == 0.0:  # a budget of one step has no third
+            return shown
+        content = self._limits.interval
         low, median, high = final.posterior.minus(
             self._short.posterior, (1.0 - content) / 2.0, 0.5, (1.0 + content) / 2.0
         )
@@ -525,7 +542,8 @@ class _VariantSearch:
             return 0
         if not self._adaptive:  # no interval ends it
             return len(self.missing())
-        n_probes = self.estimate.n_probes
+        own = sum(map(len, self._rounds))
         share = _width_share(self.estimate, self._limits)
-        more = n_probes * (share**2 - 1.0) if math.isfinite(share) else float(2 * ROUND_PROBES)
-        return max(len(self.missing()), math.ceil(min(more, self._limits.max_probes - n_probes)))
+        more = self.estimate.n_probes * (share**2 - 1.0) if math.isfinite(share) else float(2 * ROUND_PROBES)
+        more = max(more, least(self._limits, self._first_seed == SHORT) - own)
+        return max(len(self.missing()), math.ceil(min(more, self._limits.max_probes - own)))

@@ -11,9 +11,15 @@ from fasttrain.spec import ScanSpec, Variant, budget_steps
 
 PLATEAU_AFTER = 0.1  # share of the budget before which no run is called a plateau
 PLATEAU_RATIO = 0.9  # best loss now over best loss at half of the steps so far, above which it is one
+PLATEAU_LOSS = 0.15  # best loss over that of guessing, ln C, up to which none is: runs that near a fit often come to it
 CHECKS = 100
 """Checks that a run has at least, where its budget is given in epochs or samples and has so many steps."""
 _HISTORY_POINTS = 64
+
+
+def plateau_loss(classes: int) -> float:
+    """Best loss up to which no plateau ends a run, in nats."""
+    return PLATEAU_LOSS * math.log(classes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +30,13 @@ class StopRules:
         steps: optimizer steps it may take.
         check_every: steps between checks; there is one at the last step too.
         early_stop: whether a plateau ends it.
+        plateau_loss: best loss up to which no plateau ends it, in nats.
     """
 
     steps: int
     check_every: int
     early_stop: bool = True
+    plateau_loss: float = 0.0
 
     @classmethod
     def of(cls, spec: ScanSpec, variant: Variant, n: int, short: bool = False) -> "StopRules":
@@ -45,7 +53,7 @@ class StopRules:
         """
         steps = budget_steps(spec, variant, n, short)
         every = spec.check_every if spec.budget is None else min(spec.check_every, max(1, steps // CHECKS))
-        return cls(steps, every, spec.early_stop)
+        return cls(steps, every, spec.early_stop, plateau_loss(variant.classes))
 
     @property
     def plateau_after(self) -> int:
@@ -107,7 +115,8 @@ class Monitor:
 
     def _flat(self, step: int) -> bool:
         half = bisect.bisect_right(self._steps, step / 2) - 1
-        return half >= 0 and self._best[-1] > PLATEAU_RATIO * self._best[half]
+        best = self._best[-1]
+        return half >= 0 and best > self.rules.plateau_loss and best > PLATEAU_RATIO * self._best[half]
 
     @property
     def last(self) -> tuple[int, float, float]:

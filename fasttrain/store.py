@@ -247,6 +247,9 @@ _ESTIMATES = (
     Column("emc50_third_low", float, "third.emc50_low", "lower end of its interval", "1", math.nan, 3),
     Column("emc50_third_high", float, "third.emc50_high", "upper end of its interval", "1", math.nan, 3),
     Column("censored_third", str, "third.censored", "as censored, at a third of the budget", "", "no", 3),
+    Column(
+        "budget_spent_third", bool, "third.budget_spent", "as budget_spent, at a third of the budget", "1", False, 3
+    ),
     Column("n_probes_third", int, "third.n_probes", "runs behind it, those at the full budget included", "1", 0, 3),
     Column("elasticity", float, "estimate.elasticity", "d ln emc50 / d ln budget; NaN if unknown", "1", math.nan, 3),
     Column("elasticity_low", float, "estimate.elasticity_low", "lower end of its interval", "1", math.nan, 3),

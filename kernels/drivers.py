@@ -177,7 +177,8 @@ def check_stage(models, work, pool, rows, labels, drawn, params, acts, losses, w
 
 
 @_stage
-def decide_stage(models, losses, wrong, blocks, history, checks, s, RATIO: tl.constexpr, BB: tl.constexpr):
+def decide_stage(models, losses, wrong, blocks, history, checks, s, RATIO: tl.constexpr, FLOOR: tl.constexpr,
+                 BB: tl.constexpr):  # fmt: skip
     """A program a model: adds up the blocks of a check, in order, and stops a model that it ends."""
     e = tl.program_id(0).to(tl.int64)
     model = models + e * FIELDS
@@ -189,11 +190,11 @@ def decide_stage(models, losses, wrong, blocks, history, checks, s, RATIO: tl.co
             total += tl.load(losses + e * blocks + block)
             mistakes += tl.load(wrong + e * blocks + block)
         taken = tl.load(model + STEP) + s + 1
-        decide(model, history + e * checks * 3, taken, total, mistakes, RATIO)
+        decide(model, history + e * checks * 3, taken, total, mistakes, RATIO, FLOOR)
 
 
 @triton.jit
-def decide(model, history, taken, total, mistakes, RATIO: tl.constexpr):
+def decide(model, history, taken, total, mistakes, RATIO: tl.constexpr, FLOOR: tl.constexpr):
     """Keeps what a check found and stops the model if that ends it, by the rules of stopping.py; whether it does."""
     every = tl.load(model + EVERY)
     mean = total / tl.load(model + N).to(tl.float64)
@@ -206,7 +207,8 @@ def decide(model, history, taken, total, mistakes, RATIO: tl.constexpr):
     half = taken // (2 * every) - 1
     known = (taken >= tl.load(model + FLAT_AFTER)) & (half >= 0)
     before = tl.load(history + half * 3 + 2, mask=known, other=float("inf"))
-    flat = known & (best > RATIO * before)
+    # In a comparison a number of Python is float32.
+    flat = known & (best > RATIO * before) & (best > tl.full([], FLOOR, tl.float64))
     finite = mean - mean == 0
     stop = (mistakes == 0) | (finite == 0) | flat | (taken >= tl.load(model + BUDGET))
     if stop:
@@ -256,7 +258,7 @@ def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates,
                 FEATURES: tl.constexpr, DEPTH: tl.constexpr, CLASSES: tl.constexpr, ACTIVATION: tl.constexpr,
                 KEEP: tl.constexpr, OPTIMIZER: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
                 BK: tl.constexpr, CK: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BS: tl.constexpr,
-                RATIO: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                RATIO: tl.constexpr, FLOOR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A program a model: so many steps, with the checks that are due.
 
     The barriers part what a tile stores, in global and in shared memory, from what the next one loads or overwrites;
@@ -343,5 +345,5 @@ def whole_steps(models, pool, rows, labels, drawn, params, first, second, rates,
                     begin += tl.load(model + ROOM).to(tl.int32)
                 total += part
                 block += 1
-            stop = decide(model, history + e * checks * 3, step, total, mistakes, RATIO)
+            stop = decide(model, history + e * checks * 3, step, total, mistakes, RATIO, FLOOR)
             go = go & (stop == 0)

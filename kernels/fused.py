@@ -51,6 +51,7 @@ class Shape:
         batch: samples of a step, or 0 for all of a model's.
         precision: one of ``PRECISIONS``.
         plateau_ratio: least loss so far over that at half of the steps, above which it is flat.
+        plateau_loss: least loss so far up to which it is not, in nats.
     """
 
     features: int
@@ -61,6 +62,7 @@ class Shape:
     batch: int
     precision: str
     plateau_ratio: float
+    plateau_loss: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -592,7 +594,7 @@ class Models:
         self._start(
             drivers.decide_stage, len(self._slots), self._table, self._check_losses, self._check_wrong,
             self._check_losses.shape[1], self._history, self._history.shape[1], s,
-            RATIO=shape.plateau_ratio, BB=c.BB, warps=1, registers=0,
+            RATIO=shape.plateau_ratio, FLOOR=shape.plateau_loss, BB=c.BB, warps=1, registers=0,
         )  # fmt: skip
 
     def _whole_steps(self, steps: int) -> None:
@@ -604,7 +606,8 @@ class Models:
             FULL=not shape.batch, FEATURES=shape.features, DEPTH=shape.depth, CLASSES=shape.classes,
             ACTIVATION=shape.activation, KEEP=self._keep, OPTIMIZER=shape.optimizer,
             BB=c.BB, BH=c.BH, BC=c.BC, BK=c.BK, CK=c.CK, BI=c.BI, BO=c.BO, BS=c.BS,
-            RATIO=shape.plateau_ratio, PRECISION=shape.precision, warps=c.head_warps, registers=c.whole_registers,
+            RATIO=shape.plateau_ratio, FLOOR=shape.plateau_loss, PRECISION=shape.precision,
+            warps=c.head_warps, registers=c.whole_registers,
         )  # fmt: skip
         self._advance(steps)
 

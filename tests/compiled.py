@@ -83,6 +83,7 @@ def launches(case: Case) -> tuple[list, int]:
     shape = fused.Shape(
         features=case.features, classes=case.classes, depth=case.depth, activation=case.activation,
         optimizer=case.optimizer, batch=case.batch, precision=case.precision, plateau_ratio=0.9,
+        plateau_loss=0.3,
     )  # fmt: skip
     config = configuration(
         width=case.width, features=case.features, classes=case.classes, depth=case.depth, batch=case.batch,

@@ -131,11 +131,12 @@ def test_the_barriers_between_phases_are_there(kernels):
     assert entry[: entry.index("\n}")].count("bar.sync") >= wanted
 
 
-def test_the_plateau_ratio_is_a_float64(kernels):
-    """0.9 as a float32 would end runs at other checks than the monitor's."""
+def test_the_bounds_of_a_plateau_are_float64(kernels):
+    """0.9 and 0.3 as float32 would end runs at other checks than the monitor's."""
     decide = [k for k in kernels[CASES[0]] if k.name == "decide_stage"]
     assert len(decide) == 1
     assert "0d3FECCCCCCCCCCCCD" in decide[0].ptx
+    assert "0d3FD3333333333333" in decide[0].ptx
 
 
 def test_a_kernel_serves_every_step():

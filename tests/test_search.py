@@ -11,7 +11,7 @@ import pytest
 from benchmarks.calibration import STEPS, Curve
 from fasttrain import search as module
 from fasttrain.records import Censored, History, Outcome, Probe, ProbeResult, Problem
-from fasttrain.search import END_PROBES, LEAST_PROBES, LEAST_SHORT, ROUND_PROBES, Limits, Search, next_round
+from fasttrain.search import END_PROBES, LEAST_SHORT, ROUND_PROBES, Limits, Search, next_round
 from fasttrain.spec import CONFIRM, SHORT, Variant
 
 VARIANT = Variant(
@@ -267,13 +267,15 @@ def test_rounds_grow_to_what_the_tolerance_seems_to_want_but_never_more_than_dou
     assert not last.budget_spent
 
 
-def test_no_interval_of_few_probes_ends_a_search():
+@pytest.mark.parametrize(("tolerance", "fewest"), [(0.08, 32), (0.1, 32), (0.15, 21), (0.2, 16), (0.5, 16)])
+def test_no_interval_of_few_probes_ends_a_search(tolerance, fewest):
     """Separated at once, as a shallow curve may be by chance: the interval is narrow long before it may be believed."""
-    last, rounds = play(problem(), lambda probe: probe.n <= 600, tolerance=0.5)
+    last, rounds = play(problem(), lambda probe: probe.n <= 600, tolerance=tolerance)
     before = sum(map(len, rounds[:-1]))
-    assert before < LEAST_PROBES <= last.n_probes
-    early, _, _ = next_round(problem(), rounds[:2], Limits(**{**DEFAULTS, "tolerance": 0.5}))
-    assert (early.emc50_high - early.emc50_low) / (2 * early.emc50) < 0.5
+    assert before < fewest <= last.n_probes
+    seen, _, _ = next_round(problem(), rounds[:-1], Limits(**{**DEFAULTS, "tolerance": tolerance}))
+    assert not seen.finished
+    assert tolerance < 0.5 or (seen.emc50_high - seen.emc50_low) / (2 * seen.emc50) < tolerance
 
 
 def test_a_slope_that_may_well_be_shallow_keeps_a_search_going():
@@ -287,9 +289,13 @@ def test_a_slope_that_may_well_be_shallow_keeps_a_search_going():
         assert not module._narrow(estimate, post, Limits(**{**DEFAULTS, "tolerance": 0.999 * half_width}))
 
 
+def run_steps(problem, n, short):
+    return STEPS // 3 if short else STEPS
+
+
 def shortened(problems, curve, **limits):
     """A whole search with short probes, on the verdicts of a curve; the search, and all probes."""
-    search = Search(problems, **{**DEFAULTS, **limits}, short_steps=lambda problem, n: STEPS // 3)
+    search = Search(problems, **{**DEFAULTS, **limits}, run_steps=run_steps)
     asked = []
     while not search.done:
         probes = search.ask()
@@ -352,7 +358,7 @@ def test_a_censored_variant_is_measured_at_a_third_of_the_budget_all_the_same():
 
 def test_the_short_probes_are_those_of_the_winner_of_a_race():
     other = replace(problem(1), variant=replace(VARIANT, lr=0.03))
-    search = Search([problem(0), other], **DEFAULTS, races=True, short_steps=lambda problem, n: STEPS // 3)
+    search = Search([problem(0), other], **DEFAULTS, races=True, run_steps=run_steps)
     asked = []
     curves = [Curve(200.0, 15.0), Curve(600.0, 15.0)]
     while not search.done:
@@ -371,7 +377,7 @@ def test_the_short_probes_are_those_of_the_winner_of_a_race():
 def test_short_probes_do_not_depend_on_the_order_of_results(shuffled):
     def run(order):
         curve = Curve(150.0, 6.0, 0.02)
-        search = Search(PROBLEMS, **DEFAULTS, short_steps=lambda problem, n: STEPS // 3)
+        search = Search(PROBLEMS, **DEFAULTS, run_steps=run_steps)
         asked, waiting = [], []
         while not search.done:
             new = search.ask()
@@ -386,8 +392,37 @@ def test_short_probes_do_not_depend_on_the_order_of_results(shuffled):
 
 
 def test_an_early_fit_told_twice_must_be_the_same_fit():
-    search = Search([problem()], **DEFAULTS, short_steps=lambda problem, n: STEPS // 3)
+    search = Search([problem()], **DEFAULTS, run_steps=run_steps)
     probe = search.ask()[0]
     search.tell([ProbeResult(probe, Outcome.FITTED, 100, 100, 0.1, 0.0, EMPTY)])
     with pytest.raises(ValueError, match="another verdict"):
         search.tell([ProbeResult(probe, Outcome.FITTED, STEPS, STEPS, 0.1, 0.0, EMPTY)])
+
+
+@pytest.mark.parametrize(("full", "short"), [(9000, 3000), (10, 3)])
+def test_the_elasticity_is_by_the_steps_that_runs_had(full, short):
+    """A third of 10 steps is 3: EMC50 rose over a factor of 10 / 3."""
+    curve = Curve(600.0, 10.0, elasticity=0.3)
+    found = []
+    for budgets in ((9000, 3000), (full, short)):
+        search = Search([problem()], **DEFAULTS, run_steps=lambda _problem, n, less, of=budgets: of[less])
+        while not search.done:
+            search.tell([_scaled(fit_result(probe, curve), budgets[0]) for probe in search.ask()])
+        found += search.estimates()
+    exact, rounded = (one.elasticity for one in found)
+    assert rounded == pytest.approx(exact * math.log(3) / math.log(full / short), rel=1e-12)
+
+
+def _scaled(told, full):
+    """With its step of a fit as a share of a budget of ``full`` steps; those just beyond a third stay beyond it."""
+    step = told.fit_step
+    return replace(told, fit_step=step if step < 0 else math.floor(full / 3) if step <= STEPS // 3 else full)
+
+
+def test_a_budget_of_one_step_has_no_elasticity():
+    search = Search([problem()], **DEFAULTS, run_steps=lambda _problem, n, short: 1)
+    while not search.done:
+        search.tell([fit_result(probe, Curve(600.0, 40.0)) for probe in search.ask()])
+    (found,) = search.estimates()
+    assert math.isnan(found.elasticity)
+    assert math.isfinite(found.emc50)

@@ -44,6 +44,9 @@ def test_checks_are_at_the_cadence_and_at_the_last_step(steps: int, every: int, 
         assert rules.next_check(step) == min(c for c in expected if c > step)
 
 
+LOW = 0.15 * math.log(10)
+
+
 def rules_of(n: int = 640, short: bool = False, **fields: object) -> StopRules:
     spec = ScanSpec(widths=4, **fields)
     return StopRules.of(spec, spec.variants(10)[0], n, short)
@@ -52,7 +55,7 @@ def rules_of(n: int = 640, short: bool = False, **fields: object) -> StopRules:
 @pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("every", [1, 100, 7000])
 def test_a_budget_in_steps_is_checked_as_asked(every: int, short: bool) -> None:
-    assert rules_of(check_every=every, short=short) == StopRules(3333 if short else 10_000, every)
+    assert rules_of(check_every=every, short=short) == StopRules(3333 if short else 10_000, every, plateau_loss=LOW)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +72,7 @@ def test_a_budget_in_steps_is_checked_as_asked(every: int, short: bool) -> None:
 )
 def test_few_steps_are_checked_more_often(budget: str, check_every: int, short: bool, expected: StopRules) -> None:
     rules = rules_of(budget=budget, check_every=check_every, short=short)
-    assert rules == expected
+    assert rules == dataclasses.replace(expected, plateau_loss=LOW)
     assert len(checks(rules)) >= min(rules.steps, 100)
 
 
@@ -82,7 +85,7 @@ def test_a_short_run_is_judged_as_one_of_a_scan_with_a_third() -> None:
 
 def test_without_early_stop_no_plateau_ends_a_run() -> None:
     rules = rules_of(steps=1000, early_stop=False)
-    assert rules == StopRules(1000, 100, early_stop=False)
+    assert rules == StopRules(1000, 100, early_stop=False, plateau_loss=LOW)
     assert follow([1.0] * 10, rules) == [None] * 9 + [Outcome.OUT_OF_BUDGET]
     assert follow([1.0] * 10, StopRules(1000, 100))[1] is Outcome.PLATEAUED
     assert follow([1.0, math.nan], rules) == [None, Outcome.DIVERGED]
@@ -128,6 +131,17 @@ def test_divergence_wins_over_everything() -> None:
 
 def test_a_flat_loss_is_a_plateau_as_soon_as_there_was_a_check_at_half_of_the_steps() -> None:
     assert follow([1.0, 1.0], StopRules(1000, 100)) == [None, Outcome.PLATEAUED]
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_a_loss_that_is_low_already_is_no_plateau(classes: int) -> None:
+    """Below 15 % of the loss of guessing; of the best loss, whatever the one at the check."""
+    spec = ScanSpec(widths=4, data="gaussian:4", classes=classes, steps=1000)
+    rules = StopRules.of(spec, spec.variants(classes)[0], 50)
+    low = 0.15 * math.log(classes)
+    assert follow([low, low], rules) == [None, None]
+    assert follow([1.001 * low, 1.001 * low], rules) == [None, Outcome.PLATEAUED]
+    assert follow([low, 2 * low, 2 * low], rules) == [None, None, None]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from fasttrain.kernels import fused
 from fasttrain.kernels.configurations import Configuration, configuration, width_class
 from fasttrain.models import is_perceptron
 from fasttrain.spec import FULL_BATCH, Variant
-from fasttrain.stopping import PLATEAU_RATIO
+from fasttrain.stopping import PLATEAU_RATIO, plateau_loss
 
 PRODUCTS = {"auto": "ieee", "float32": "ieee", "float64": "ieee", "bf16x3": "bf16x3", "tf32": "tf32", "bf16": "bf16"}
 """What the products are made of, by the precision of a spec."""
@@ -51,6 +51,7 @@ class TritonBackend:
             batch=0 if variant.batch_size == FULL_BATCH else variant.batch_size,
             precision=PRODUCTS[setting.spec.precision],
             plateau_ratio=PLATEAU_RATIO,
+            plateau_loss=plateau_loss(variant.classes),
         )
         self._configuration = configured(setting, variant)
 

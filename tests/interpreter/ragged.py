@@ -22,7 +22,7 @@ class Ragged:
         self.rules = {"budget": budget, "check_every": check_every, "plateau_after": plateau_after}
         fields = {
             "features": FEATURES, "classes": CLASSES, "depth": 1, "activation": "relu", "optimizer": "sgd",
-            "batch": 16, "precision": "ieee", "plateau_ratio": 0.9, **fields,
+            "batch": 16, "precision": "ieee", "plateau_ratio": 0.9, "plateau_loss": 0.0, **fields,
         }  # fmt: skip
         self.shape = fused.Shape(**fields)
         self.config = configuration(

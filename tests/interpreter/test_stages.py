@@ -200,7 +200,12 @@ def test_the_stop_rules_are_those_of_the_monitor(seed):
     rng = np.random.default_rng(seed)
     n, count = 64, 12
     # Side by side: a long budget, a short one with another cadence, and one that no plateau ends.
-    kinds = StopRules(1010, 20), StopRules(337, 7), StopRules(337, 20, early_stop=False)
+    low = 0.85  # some of the flat ones lie below it
+    kinds = (
+        StopRules(1010, 20, plateau_loss=low),
+        StopRules(337, 7, plateau_loss=low),
+        StopRules(337, 20, early_stop=False, plateau_loss=low),
+    )
     rules = [kinds[k % 3] for k in range(count)]
     checks = 51
     slope = rng.uniform(0, 0.1, (count, 1))
@@ -212,6 +217,7 @@ def test_the_stop_rules_are_those_of_the_monitor(seed):
     bench = Ragged(
         (1,) * count, (n,) * count, whole=False, budget=[r.steps for r in rules],
         check_every=[r.check_every for r in rules], plateau_after=[r.plateau_after for r in rules],
+        plateau_loss=low,
     )  # fmt: skip
     models = bench.models
     ended = np.zeros(count, dtype=int)
