@@ -111,11 +111,14 @@ def fit_scaling(
         rows += [_variant_row(number, one, fit) for one in members]
     frame = pd.DataFrame(fits)
     if frame["alpha"].isna().all():
-        most = max(len({one.params for one in members}) for members in groups.values())
+        sizes, known = max(
+            (len({one.params for one in members}), sum(one.known for one in members)) for members in groups.values()
+        )
         raise UserError(
             "by",
             ",".join(names) or "nothing",
-            f"expected groups of at least {LEAST_VARIANTS} parameter counts; the largest of {len(groups)} has {most}",
+            f"expected groups of at least {LEAST_VARIANTS} parameter counts, with a value of EMC for two or more; the "
+            f"largest of {len(groups)} has {sizes}, and {known} with a value",
         )
     return Scaling(frame, pd.DataFrame(rows), names, tuple(missing), content)
 
