@@ -247,6 +247,7 @@ def make_plan(
     item: int,
     available: int,
     workers: int | None = None,
+    copies: int = 1,
 ) -> Plan:
     """Slots and memory.
 
@@ -258,6 +259,7 @@ def make_plan(
         item: bytes of a number, 4 or 8.
         available: bytes that may be taken.
         workers: threads, where each trains one model at a time; None where models train together.
+        copies: of the data, in as many processes.
 
     Raises:
         UserError: a variant does not fit into memory even alone (two rows are the least that train together), or not
@@ -265,7 +267,7 @@ def make_plan(
     """
     needs = ((probe_bytes(one.problem, spec, info, item, device, one.backend), one) for one in trained)
     largest, culprit = max(needs, key=lambda pair: pair[0])
-    shared = data_bytes(trained, info, item, device)
+    shared = copies * data_bytes(trained, info, item, device)
     most = _MOST_SLOTS[device] if workers is None else _SLOTS_OF_WORKER * workers
     slots = min(most, (available - shared) // max(largest, 1))
     if slots < 2:

@@ -18,6 +18,7 @@ import torch
 from fasttrain import factories, models
 from fasttrain.analysis import Results, load
 from fasttrain.backends import choose, configuration_text, make_backend, together
+from fasttrain.backends.apart import ApartBackend, Processes
 from fasttrain.backends.base import Run, Setting
 from fasttrain.curvature import check as check_curvature
 from fasttrain.curvature import choose as choose_measured
@@ -41,6 +42,7 @@ _COMMIT_SECONDS = 1.0
 _RATE_WINDOW_SECONDS = 5.0
 # A probe of the default scan takes about this share of its budget.
 _LIKELY_SHARE = 0.6
+_APART_STEPS = 20_000  # likely model-steps from which on processes of their own are worth their start of some seconds
 _LOOKED_AT = 16  # runs whose parameters are held until their curvature is measured, of each shape under way
 
 
@@ -129,6 +131,7 @@ class Prepared:
     plan: Plan
     backends: tuple[str, ...]  # of every variant
     workers: int
+    apart: frozenset[Variant]  # that train in processes of their own
     unmatched: tuple[str, ...]  # variants that match_params left out, and why
 
     @property
@@ -143,6 +146,17 @@ class Prepared:
     def make_backend(self, setting: Setting, variant: Variant) -> Any:
         """The backend of a variant's bucket."""
         return make_backend(self.chosen(variant), setting, variant)
+
+    def maker(self, processes: Processes | None) -> Callable[[Setting, Variant], Any]:
+        """What makes the backend of a bucket for a whole scan, with some buckets in processes of their own."""
+        apart = {self.bucket(variant) for variant in self.apart} if processes is not None else frozenset()
+
+        def made(setting: Setting, variant: Variant) -> Any:
+            if processes is not None and variant in apart:
+                return ApartBackend(self.chosen(variant), setting, variant, processes)
+            return self.make_backend(setting, variant)
+
+        return made
 
     def bucket(self, variant: Variant) -> Variant:
         """The key of a variant's bucket."""
@@ -303,11 +317,16 @@ def prepare(spec: ScanSpec) -> Prepared:
     tried = {models.shaping(v): (v, backend) for v, backend in zip(variants, backends, strict=True)}
     for variant, backend in tried.values():
         models.try_out(variant, info.shape, batched=backend != "loop", dtype=dtype)
-    threaded = any(
-        backend == "native" or (backend == "vmap" and device.type == "cpu" and not models.is_perceptron(variant))
-        for variant, backend in zip(variants, backends, strict=True)
-    )
-    workers = cores() if threaded else 1
+    costly = [
+        problem
+        for problem, backend in zip(problems, backends, strict=True)
+        if backend == "vmap" and device.type == "cpu" and not models.is_perceptron(problem.variant)
+    ]
+    workers = cores() if costly or "native" in backends else 1
+    # A module of the user's own may not be found in another process.
+    movable = [problem for problem in costly if problem.variant.arch in ARCHITECTURES]
+    work = sum(_work(spec, problem, spec.shortens)[0] for problem in movable) * _LIKELY_SHARE
+    apart = frozenset(problem.variant for problem in movable) if workers > 1 and work >= _APART_STEPS else frozenset()
     plan = make_plan(
         [Trained(p, backend, together(backend, p.variant)) for p, backend in zip(problems, backends, strict=True)],
         spec,
@@ -316,8 +335,9 @@ def prepare(spec: ScanSpec) -> Prepared:
         item=dtype.itemsize,
         available=available_bytes(device),
         workers=workers if set(backends) == {"native"} else None,
+        copies=1 + workers if apart else 1,
     )
-    return Prepared(setting, problems, plan, tuple(backends), workers, tuple(unmatched))
+    return Prepared(setting, problems, plan, tuple(backends), workers, apart, tuple(unmatched))
 
 
 def own_sources(spec: ScanSpec) -> str:
@@ -477,10 +497,11 @@ class _Scan:
             design=design_of(spec),
         )
         prepared = self.prepared
+        processes = Processes(prepared.workers) if prepared.apart else None
         self.trainer = Trainer(
             prepared.setting,
             problems,
-            prepared.make_backend,
+            prepared.maker(processes),
             prepared.slots,
             workers=prepared.workers,
             bucket=prepared.bucket,
@@ -497,6 +518,8 @@ class _Scan:
             status = "complete"
         finally:
             with self.interrupts.deferred():
+                if processes is not None:
+                    processes.close()
                 self.trainer.close()
                 self._commit()
                 self.store.finish(status, self._summary())

@@ -29,11 +29,13 @@ LEAST_PROBES = 32
 LEAST_SHORT = 24
 """With fewer than these no interval is narrow enough at a tolerance of 0.1 or less: the slope rests on chance. Of short
 probes, whose search knows already where to look. At 0.2 and more half as many do (``least``)."""
+SHORT_TOLERANCE = 1.5
+"""Of short probes, times that of the others: they are for the elasticity, whose interval has both in it."""
 END_PROBES = 4
 """Probes of a round before that, at an end of the range; five with the ladder's."""
 SURELY_WORSE = 0.99
 """A learning rate is dropped once its EMC50 is below the leader's with more than this probability."""
-_SHALLOW, _SHALLOW_WIDTH = 0.05, 1.5  # at this quantile of the slope it may be so many times the tolerance
+_SHALLOW = 0.05  # quantile of the slope at which the interval may be wider than the tolerance, but not much
 
 _LADDER = (8, 4, 2, 1)  # parameters per sample of the first n; measured EMC50 are at 4 to 1
 _TARGETS = (0.1, 0.9)  # P(fit) of a round's probes: near the half they tell EMC50, off it the slope and the form
@@ -131,7 +133,8 @@ Design = Callable[[Problem, Sequence[Mapping[Probe, bool]], Limits, int], tuple[
 
 def least(limits: Limits, short: bool = False) -> int:
     """Probes before any interval counts as narrow: fewer the less narrow it need be, since fewer looks then end it."""
-    share = min(max(0.1 / limits.tolerance, 0.5), 1.0)
+    tolerance = limits.tolerance / SHORT_TOLERANCE if short else limits.tolerance
+    share = min(max(0.1 / tolerance, 0.5), 1.0)
     return round((LEAST_SHORT if short else LEAST_PROBES) * share)
 
 
@@ -160,7 +163,9 @@ def _width_share(estimate: Estimate, limits: Limits) -> float:
 def _narrow(estimate: Estimate, post: Posterior, limits: Limits) -> bool:
     """Whether the interval is narrow enough, and would not be much wider were the curve as shallow as it may be."""
     share = _width_share(estimate, limits)
-    return share <= 1.0 and share * post.slope / post.slope_at(_SHALLOW) <= _SHALLOW_WIDTH
+    # 1.5 times the tolerance, 3 times where that is 0.2 or more: simulated, intervals cover no less often for it.
+    most = min(max(15.0 * limits.tolerance, 1.5), 3.0)
+    return share <= 1.0 and share * post.slope / post.slope_at(_SHALLOW) <= most
 
 
 def _round_size(estimate: Estimate, limits: Limits, own: int) -> int:
@@ -370,6 +375,7 @@ class _Group:
     ) -> None:
         self._problems = {problem.index: problem for problem in problems}
         self._limits = limits
+        self._shorter = replace(limits, tolerance=SHORT_TOLERANCE * limits.tolerance)
         self._design = design
         self._told = _Told(self._problems, run_steps)
         self._run_steps = run_steps
@@ -434,7 +440,7 @@ class _Group:
         if self._final is None:
             left += min(self._searches[index].estimate.n_probes + left, self._limits.max_probes)
         if self._run_steps is not None:
-            left += min(least(self._limits, True), self._limits.max_probes) / 3.0
+            left += min(least(self._shorter, True), self._limits.max_probes) / 3.0
         return left
 
     def _running(self) -> dict[int, "_VariantSearch"]:
@@ -465,7 +471,7 @@ class _Group:
         """Starts from what the probes of the full budget say of a third of it, if they would have gone the same way."""
         problem = final.problem
         known = final.early() if self._early_tells and problem.variant.schedule == "constant" else {}
-        self._short = _VariantSearch(problem, self._limits, self._told, self._design, SHORT, known)
+        self._short = _VariantSearch(problem, self._shorter, self._told, self._design, SHORT, known)
 
     def _with_short(self, final: "_VariantSearch") -> Estimate:
         shown = final.estimate

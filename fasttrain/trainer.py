@@ -4,7 +4,7 @@ import concurrent.futures
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,11 @@ from fasttrain.spec import Variant
 MakeBackend = Callable[[Setting, Variant], Backend[Any]]
 
 _TURN_SECONDS = 0.02  # a worker's turn with one model, long beside what handing it over costs
+_FILLED = 4  # runs of a lane before the next one is used: a step of fewer costs about as much
+_WAITING_THREADS = 256  # at most, each for a state in another process
+
+_Key = tuple[Variant, int]
+"""A bucket, and the lane of it: a state of its own with a backend of its own."""
 
 
 @dataclass(slots=True, eq=False)
@@ -24,13 +29,13 @@ class _Group:
     """Runs that one call of a backend steps together.
 
     Attributes:
-        key: their bucket.
-        backend: of the bucket.
+        key: their bucket and lane.
+        backend: of the bucket and lane.
         state: holds the runs.
         checks: checks that a worker makes before it gives the group back.
     """
 
-    key: Variant
+    key: _Key
     backend: Backend[Any]
     state: Any
     checks: int
@@ -41,7 +46,7 @@ class _Group:
         # Of runs that are checked at different steps, those that are checked most rarely.
         every = max(run.monitor.rules.check_every for run in self.state.runs)
         report = self.backend.run(self.state, self.state.clock + self.checks * every)
-        return report, time.perf_counter() - begin
+        return report, report.seconds or time.perf_counter() - begin
 
 
 @dataclass(slots=True)
@@ -99,10 +104,11 @@ class Trainer:
         self._bucket = bucket
         self._keeper = keeper
         self._waiting: deque[Probe] = deque()
-        self._backends: dict[Variant, Backend[Any]] = {}
+        self._backends: dict[_Key, Backend[Any]] = {}
         self._turn: deque[_Group] = deque()
-        self._arrived: dict[Variant, list[Run]] = {}  # for groups that are in the hands of a worker
+        self._arrived: dict[_Key, list[Run]] = {}  # for groups that are in the hands of a worker
         self._pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="fasttrain")
+        self._waiters = concurrent.futures.ThreadPoolExecutor(_WAITING_THREADS, thread_name_prefix="fasttrain-waits")
         self._working: dict[concurrent.futures.Future[tuple[Report, float]], _Group] = {}
         self._origin = time.perf_counter()
         self._started: dict[Probe, float] = {}
@@ -192,26 +198,26 @@ class Trainer:
         if not group.backend.in_threads:
             self._turn.append(group)
         else:
-            self._working[self._pool.submit(group.turn)] = group
+            pool = self._pool if group.backend.lanes == 1 else self._waiters
+            self._working[pool.submit(group.turn)] = group
 
     def close(self) -> None:
         """Ends the workers, each after its turn; what they ran is dropped."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._pool, self._waiters):
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def _refill(self) -> None:
         """Gives free slots to waiting probes, first come first served, all probes of a shape in one insertion."""
-        new: dict[Variant, list[Run]] = {}
+        new: dict[_Key, list[Run]] = {}
         for _ in range(min(len(self._waiting), self.slots - self.running)):
             probe = self._waiting.popleft()
             problem = self._problems[probe.variant]
             self._started[probe] = time.perf_counter() - self._origin
             self._seconds[probe] = 0.0
             run = Run.of(self._setting, problem, probe)
-            new.setdefault(self._bucket(problem.variant), []).append(run)
+            new.setdefault(self._lane(self._bucket(problem.variant), new), []).append(run)
         for key, runs in new.items():
-            if key not in self._backends:
-                self._backends[key] = self._make_backend(self._setting, key)
-            backend = self._backends[key]
+            backend = self._backend(key)
             most = backend.most_together
             if most is not None:
                 for start in range(0, len(runs), most):
@@ -223,8 +229,24 @@ class Trainer:
             else:
                 self._dispatch(self._group(key, backend, runs))
 
+    def _lane(self, bucket: Variant, new: Mapping[_Key, Sequence[Run]]) -> _Key:
+        """The lane of a bucket that takes a run: the first that is not well filled, or the one with the fewest runs."""
+        lanes = self._backend((bucket, 0)).lanes
+        if lanes == 1:
+            return bucket, 0
+        load = [len(new.get((bucket, lane), ())) + len(self._arrived.get((bucket, lane), ())) for lane in range(lanes)]
+        for group in self._working.values():
+            if group.key[0] == bucket:
+                load[group.key[1]] += len(group.state.runs)
+        return bucket, next((lane for lane in range(lanes) if load[lane] < _FILLED), load.index(min(load)))
+
+    def _backend(self, key: _Key) -> Backend[Any]:
+        if key not in self._backends:
+            self._backends[key] = self._make_backend(self._setting, key[0])
+        return self._backends[key]
+
     @staticmethod
-    def _group(key: Variant, backend: Backend[Any], runs: list[Run]) -> _Group:
+    def _group(key: _Key, backend: Backend[Any], runs: list[Run]) -> _Group:
         return _Group(key, backend, backend.init(runs), backend.checks_a_turn)
 
     def _timed(self, result: ProbeResult) -> ProbeResult:

@@ -37,6 +37,7 @@ class FakeBackend:
     most_together = None
     in_threads = False
     checks_a_turn = 1
+    lanes = 1
 
     def __init__(self, variant: Variant, log: Log) -> None:
         self.variant = variant

@@ -132,12 +132,14 @@ class Report:
         model_steps: optimizer steps made, summed over the runs.
         check_seconds: time that the evaluations for checks took; 0 where they are a part of the kernels that train.
         launches: kernels that the triton backend launched.
+        seconds: that it took, where the caller may have waited for others too; else 0.
     """
 
     ended: list[tuple[int, ProbeResult]]
     model_steps: int
     check_seconds: float = 0.0
     launches: int = 0
+    seconds: float = 0.0
 
 
 class State(Protocol):
@@ -185,12 +187,14 @@ class Backend(Protocol, Generic[S]):
             it: where an operation takes long beside what Python adds to it.
         checks_a_turn: checks that a state should make before another one takes its turn: more than one where asking
             whether a run has ended costs much.
+        lanes: states of one bucket that should train side by side, each with a backend of its own.
     """
 
     name: str
     most_together: int | None
     in_threads: bool
     checks_a_turn: int
+    lanes: int
 
     def init(self, runs: Sequence[Run]) -> S:
         """A state with these runs at step 0; at least one."""

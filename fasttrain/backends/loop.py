@@ -66,6 +66,7 @@ class LoopBackend:
     most_together: int | None = None
     in_threads = False
     checks_a_turn = 1
+    lanes = 1
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting

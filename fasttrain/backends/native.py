@@ -48,6 +48,7 @@ class NativeBackend:
     most_together: int | None = 1
     in_threads = True
     checks_a_turn = 1
+    lanes = 1
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting

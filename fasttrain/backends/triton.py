@@ -38,6 +38,7 @@ class TritonBackend:
     most_together: int | None = None
     in_threads = False
     checks_a_turn = 4
+    lanes = 1
 
     def __init__(self, setting: Setting, variant: Variant) -> None:
         self._setting = setting

@@ -61,6 +61,7 @@ class VmapBackend:
     most_together: int | None = None
     in_threads = False
     checks_a_turn = 1
+    lanes = 1
 
     def __init__(self, setting: Setting, variant: Variant) -> None:
         self._setting = setting
