@@ -141,7 +141,7 @@ def test_groups():
     mixed = fit_scaling(few)
     assert math.isnan(mixed.fits["alpha"][1])
     assert mixed.warnings[0].endswith("there are 1 and 1")
-    with pytest.raises(UserError, match="at least 3 parameter counts, .* the largest of 6 has 1, and 1 with a value"):
+    with pytest.raises(UserError, match=r"at least 3 parameter counts, .* the largest of 6 has 1, and 1 with a value"):
         fit_scaling((curves, probes), by="width,depth")
     with pytest.raises(UserError, match="no such setting"):
         fit_scaling((curves, probes), by="size")
