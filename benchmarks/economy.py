@@ -3,6 +3,7 @@
 Costs are sample-updates, counted and not timed: the steps that each run took, times the samples of a step.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -249,7 +250,7 @@ def run(quick: bool, runs: int, scans: int) -> list[dict[str, object]]:
     if quick:
         spec, runs, scans = replace(spec, steps=300, max_probes=40), 4, 1
     rows = []
-    for row in (*simulated(runs), *real(spec, scans)):
+    for row in itertools.chain(simulated(runs), real(spec, scans)):
         rows.append(row)
         print(row, flush=True)
     return rows
