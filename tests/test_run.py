@@ -408,7 +408,7 @@ def test_preview_counts_and_writes_nothing(tmp_path, monkeypatch):
 
 
 def log_errors(curves, of="emc50"):
-    """ln EMC50 of every variant, or that at a third of the budget, and the standard deviation that its interval claims."""
+    """ln EMC50 of every variant, or at a third of the budget, and the standard deviation that its interval claims."""
     half = (np.log(curves[f"{of}_high"]) - np.log(curves[f"{of}_low"])) / 2
     return np.log(curves[of]), half / norm.ppf((1 + curves.interval) / 2)
 
