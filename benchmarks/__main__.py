@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks import batching, calibration, economy, peers, precision, profiles, scans, stopping
+from benchmarks import batching, calibration, economy, faults, peers, precision, profiles, scans, soak, stopping
 from benchmarks.work import Case
 from fasttrain.machine import cores
 
@@ -153,6 +153,33 @@ def stopping_command(quick: bool, out: Path, runs: int) -> None:
     rows, facts = stopping.run(widths, runs, seed=12)
     _table(out / "stopping.csv", stopping.COLUMNS, rows)
     (out / "stopping.json").write_text(json.dumps({**conditions(), **facts}, indent=1) + "\n", encoding="utf-8")
+
+
+@main.command("soak")
+@_QUICK
+@_OUT
+@click.option("--probes", type=click.IntRange(1000), default=100_000, show_default=True)
+def soak_command(quick: bool, out: Path, probes: int) -> None:
+    """Memory and speed over very many short probes in one process; writes soak.json."""
+    facts = soak.run(2_000 if quick else probes)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "soak.json").write_text(json.dumps({**conditions(), **facts}, indent=1) + "\n", encoding="utf-8")
+    for name, value in facts.items():
+        click.echo(f"{name}: {value}")
+
+
+@main.command("faults")
+@_QUICK
+@_OUT
+@click.option("--kills", type=click.IntRange(1), default=200, show_default=True, help="Processes to kill.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the moments.")
+def faults_command(quick: bool, out: Path, kills: int, seed: int) -> None:
+    """Scans killed at random moments, full disks, damaged files: what is lost; writes faults.json."""
+    facts, good = faults.main(6 if quick else kills, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "faults.json").write_text(json.dumps({**conditions(), **facts}, indent=1) + "\n", encoding="utf-8")
+    if not good:
+        sys.exit(1)
 
 
 @main.command("profile")

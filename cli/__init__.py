@@ -1,8 +1,10 @@
 """The command line: it reads options, calls the library and prints. Entry point ``main``."""
 
 import os
-from collections.abc import Sequence
-from typing import Any
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,10 +15,25 @@ from fasttrain.cli.options import EXAMPLES, GroupedCommand, given_fields, spec_o
 from fasttrain.cli.studies import study_commands
 from fasttrain.cli.tables import plain
 
+if TYPE_CHECKING:
+    from fasttrain.cli.progress import Report
+
 DEFAULT_OUT = "emc.h5"
 _ONE_BUDGET = {"steps", "budget"}  # two ways to say one thing: either wins over either in a file
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT, as shells count it."""
+TERMINATED = 143
+"""Exit status after SIGTERM: 128 + SIGTERM."""
+UNFINISHED = 75
+"""Exit status of a scan that its time limit ended: EX_TEMPFAIL of sysexits.h, to be tried again."""
+_RESUME_EXAMPLES = """\b
+Examples:
+  fasttrain resume emc.h5
+  fasttrain resume emc.h5 --time-limit 11.5h
+"""
+FOLLOW_SECONDS = 1.0
+"""Between two looks of ``show --follow``."""
+_TIME_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -24,7 +41,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 2 for input that cannot be used, after one line on standard error; 1 if the output
-        could not be written; 130 after Ctrl-C.
+        could not be written; 130 after Ctrl-C, 143 after SIGTERM, 75 where the time limit ended a scan.
     """
     try:
         status = _commands.main(args=args, prog_name="fasttrain", standalone_mode=False)
@@ -72,6 +89,7 @@ def _commands(context: click.Context) -> None:
     help="After the search, train the K runs of each variant nearest to EMC50 once more, and keep the gradient norm, "
     "the slope of the loss and the extreme Hessian eigenvalues where they ended. No other number depends on them.",
 )
+@click.option("--time-limit", metavar="TIME", help="Stop cleanly after so long: 3600s, 90m, 11.5h, 2d.")
 @click.option("--quiet", is_flag=True, help="Print the final table and errors only, no progress.")
 @click.option("--dry-run", is_flag=True, help="Print the variants, memory and cost; train and write nothing.")
 @click.pass_context
@@ -82,6 +100,7 @@ def _scan(
     overwrite: bool,
     save_weights: bool,
     curvature: str,
+    time_limit: str | None,
     quiet: bool,
     dry_run: bool,
     **_: Any,
@@ -99,12 +118,51 @@ def _scan(
         fields = {name: value for name, value in fields.items() if name not in _ONE_BUDGET}
     spec = fasttrain.ScanSpec(**{**fields, **given})
     looked_at = _number("curvature", curvature, "expected a whole number of runs, 0 or more")
+    seconds = _seconds(time_limit)
     if dry_run:
         from fasttrain.cli.tables import preview_text
 
         click.echo(plain("\n".join(preview_text(fasttrain.preview(spec)))))
         return 0
-    return _measure(spec, out, overwrite, quiet, save_weights, looked_at)
+    return _running(
+        out,
+        quiet,
+        lambda on_progress: fasttrain.scan(
+            spec,
+            out=out,
+            overwrite=overwrite,
+            save_weights=save_weights,
+            curvature=looked_at,
+            time_limit=seconds,
+            on_progress=on_progress,
+        ),
+    )
+
+
+@_commands.command("resume", epilog=_RESUME_EXAMPLES)
+@click.argument("file")
+@click.option("--spec", "spec_file", metavar="FILE", help="TOML file: an error if the scan was asked for another.")
+@click.option("--time-limit", metavar="TIME", help="Stop cleanly after so long: 3600s, 90m, 11.5h, 2d.")
+@click.option("--quiet", is_flag=True, help="Print the final table and errors only, no progress.")
+def _resume(file: str, spec_file: str | None, time_limit: str | None, quiet: bool) -> int:
+    """Go on with a scan that was killed, interrupted or stopped by its time limit.
+
+    It ends with the probes, results and table of a scan that nobody stopped. A complete file is left as it is.
+    """
+    from fasttrain.spec import read_toml
+
+    spec = fasttrain.ScanSpec(**read_toml(spec_file)) if spec_file is not None else None
+    seconds = _seconds(time_limit)
+    if fasttrain.load(file).attrs.get("status") == "complete":
+        results = fasttrain.resume(file, spec=spec)
+        _print_results(results, file)
+        click.echo(plain(f"{file} is complete; nothing was changed."))
+        return 0
+    return _running(
+        file,
+        quiet,
+        lambda on_progress: fasttrain.resume(file, spec=spec, time_limit=seconds, on_progress=on_progress),
+    )
 
 
 @_commands.command("show")
@@ -123,7 +181,16 @@ def _scan(
     help="EMC50 at a smaller budget than the scan's, from its runs: 3000steps, 100epochs, 1e5samples.",
 )
 @click.option("--curvature", is_flag=True, help="The runs that scan --curvature looked at, instead.")
-def _show(file: str, losers: bool, estimator: str | None, eps: str | None, budget: str | None, curvature: bool) -> int:
+@click.option("--follow", is_flag=True, help="Print it again as a scan adds to the file, until that scan has ended.")
+def _show(
+    file: str,
+    losers: bool,
+    estimator: str | None,
+    eps: str | None,
+    budget: str | None,
+    curvature: bool,
+    follow: bool,
+) -> int:
     """Print the table of a finished, interrupted or killed scan again.
 
     Of the learning rates that raced, it has the winner's line.
@@ -134,6 +201,10 @@ def _show(file: str, losers: bool, estimator: str | None, eps: str | None, budge
         estimator = estimator or "emc50"
     if curvature and estimator is not None:
         raise fasttrain.UserError("curvature", "true", "shows another table than --estimator; give one of the two")
+    if follow:
+        if estimator is not None or curvature:
+            raise fasttrain.UserError("follow", "true", "shows the table of estimates; give no other one with it")
+        return _follow(file, losers)
     results = fasttrain.load(file)
     if curvature:
         from fasttrain.cli.tables import curvature_text
@@ -147,6 +218,47 @@ def _show(file: str, losers: bool, estimator: str | None, eps: str | None, budge
         click.echo(plain("\n".join(estimates_text(results, found, file, losers))))
     else:
         _print_results(results, file, losers)
+    return 0
+
+
+def _follow(file: str, losers: bool) -> int:
+    """The table, again and again; where there is no terminal only the runs that are kept, and the table at the end."""
+    from fasttrain.cli.tables import count, results_text
+
+    shown = -1
+    while True:
+        results = fasttrain.load(file)
+        if not results.written:
+            break
+        if len(results.probes) != shown:
+            shown = len(results.probes)
+            if sys.stdout.isatty():
+                click.clear()
+                click.echo(plain("\n".join(results_text(results, file, losers))))
+            else:
+                click.echo(plain(f"{file}: {count(shown, 'run')} kept"))
+        time.sleep(FOLLOW_SECONDS)
+    if sys.stdout.isatty():
+        click.clear()
+    _print_results(results, file, losers)
+    if results.attrs.get("status") != "complete":
+        click.echo(plain(f"No scan writes it any more: fasttrain resume {file} goes on."), err=True)
+    return 0
+
+
+@_commands.command("merge")
+@click.argument("files", nargs=-1)
+@click.option("--out", required=True, metavar="FILE", help="HDF5 file to write.")
+@click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
+def _merge(files: tuple[str, ...], out: str, overwrite: bool) -> int:
+    """Join the files of scans of one specification that were stopped, or ran on several machines of a kind.
+
+    fasttrain resume goes on with the file where runs are missing.
+    """
+    results = fasttrain.merge(files, out, overwrite=overwrite)
+    _print_results(results, out)
+    if results.attrs.get("status") != "complete":
+        click.echo(plain(f"Runs are missing: fasttrain resume {out} goes on."), err=True)
     return 0
 
 
@@ -180,25 +292,32 @@ def _number(option: str, text: str, expected: str) -> int:
     return int(text)
 
 
-def _measure(
-    spec: "fasttrain.ScanSpec", out: str, overwrite: bool, quiet: bool, save_weights: bool, curvature: int
-) -> int:
+def _seconds(text: str | None) -> float | None:
+    """A time such as 90m."""
+    if text is None:
+        return None
+    number, unit = (text[:-1], text[-1:]) if text[-1:] in _TIME_UNITS else (text, "s")
+    try:
+        seconds = float(number) * _TIME_UNITS[unit]
+    except ValueError:
+        seconds = float("nan")
+    if not 0.0 < seconds < 1e9:
+        raise fasttrain.UserError("time_limit", text, "expected a time above 0, such as 3600s, 90m, 11.5h or 2d")
+    return seconds
+
+
+def _running(out: str, quiet: bool, begin: "Callable[[Report | None], fasttrain.Results]") -> int:
+    """Starts a scan or goes on with one, shows how it gets on, and says what it came to."""
     from fasttrain.cli.progress import reporter
 
     before = _identity(out)
     try:
         with reporter(quiet) as on_progress:
-            results = fasttrain.scan(
-                spec,
-                out=out,
-                overwrite=overwrite,
-                save_weights=save_weights,
-                curvature=curvature,
-                on_progress=on_progress,
-            )
-    except KeyboardInterrupt:
-        click.echo(plain(_kept(out, before)), err=True)
-        return INTERRUPTED
+            results = begin(on_progress)
+    except KeyboardInterrupt as stop:
+        terminated = isinstance(stop, fasttrain.Terminated)
+        click.echo(plain(_kept(out, before, "Terminated" if terminated else "Interrupted")), err=True)
+        return TERMINATED if terminated else INTERRUPTED
     except OSError as error:
         # A full disk is no bug to trace. What was committed before it is in the file.
         what = " ".join(str(error.strerror or error).split())
@@ -206,7 +325,10 @@ def _measure(
         _complain(f"the scan to {out} stopped: {what}{kept}")
         return 1
     _print_results(results, out)
-    return 0
+    if results.attrs.get("status") == "complete":
+        return 0
+    click.echo(plain(f"The time limit came first: fasttrain resume {out} goes on."), err=True)
+    return UNFINISHED
 
 
 def _print_results(results: "fasttrain.Results", path: str, losers: bool = False) -> None:
@@ -222,22 +344,23 @@ def _share(option: str, text: str) -> float:
         raise fasttrain.UserError(option, text, "expected a number between 0 and 1") from None
 
 
-def _kept(out: str, before: tuple[int, ...] | None) -> str:
-    """What a scan that Ctrl-C stopped has left behind."""
+def _kept(out: str, before: tuple[int, ...] | None, how: str) -> str:
+    """What a scan that a signal stopped has left behind."""
     now = _identity(out)
     if now is None:
-        return "Interrupted: nothing was written."
+        return f"{how}: nothing was written."
     if now == before:
-        return f"Interrupted: nothing was written; {out} is as it was."
+        return f"{how}: nothing was written; {out} is as it was."
     try:
         results = fasttrain.load(out)
     except fasttrain.UserError as error:
-        return f"Interrupted: {out} cannot be read: {error.expected}"
+        return f"{how}: {out} cannot be read: {error.expected}"
     from fasttrain.cli.tables import count
 
     runs, variants = len(results.probes), int(results.probes["variant"].nunique())
     kept = f"{count(runs, 'finished run')} of {count(variants, 'variant')}"
-    return f"Interrupted: {kept} {'is' if runs == 1 else 'are'} kept in {out} (fasttrain show {out})."
+    verb = "is" if runs == 1 else "are"
+    return f"{how}: {kept} {verb} kept in {out} (fasttrain show {out}); fasttrain resume {out} goes on."
 
 
 def _identity(path: str) -> tuple[int, ...] | None:

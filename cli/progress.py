@@ -98,7 +98,8 @@ def summary(progress: "Progress") -> list[str]:
     return [
         f"{seconds_text(progress.elapsed)} elapsed",
         f"{progress.variants_done}/{count(len(progress.variants), 'variant')} done, "
-        f"{count(progress.probes_done, 'run')} done, {progress.probes_running} running{remaining}"
+        f"{count(progress.probes_done, 'run')} done, {progress.probes_committed} kept, "
+        f"{progress.probes_running} running{remaining}"
         + (f", curvature of {progress.measured}/{count(progress.to_measure, 'run')}" if progress.to_measure else ""),
         f"{number_text(progress.steps_per_second)} model-steps/s, "
         f"{progress.slots_used}/{count(progress.slots, 'slot')} in use, "

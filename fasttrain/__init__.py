@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from fasttrain.comparison import Comparison, compare
     from fasttrain.errors import UserError
     from fasttrain.estimators import estimates
-    from fasttrain.records import Curvature, Outcome
+    from fasttrain.merging import merge
+    from fasttrain.records import Curvature, Outcome, Terminated
     from fasttrain.repeat import Rerun, rerun
-    from fasttrain.run import Preview, Progress, preview, scan
+    from fasttrain.run import Preview, Progress, preview, resume, scan
     from fasttrain.scaling import Scaling, fit_scaling
     from fasttrain.spec import ScanSpec, Variant
 
@@ -37,6 +38,7 @@ _EXPORTS = {
     "Results": "fasttrain.analysis",
     "Scaling": "fasttrain.scaling",
     "ScanSpec": "fasttrain.spec",
+    "Terminated": "fasttrain.records",
     "UserError": "fasttrain.errors",
     "Variant": "fasttrain.spec",
     "Verdict": "fasttrain.claims",
@@ -44,8 +46,10 @@ _EXPORTS = {
     "estimates": "fasttrain.estimators",
     "fit_scaling": "fasttrain.scaling",
     "load": "fasttrain.analysis",
+    "merge": "fasttrain.merging",
     "preview": "fasttrain.run",
     "rerun": "fasttrain.repeat",
+    "resume": "fasttrain.run",
     "scan": "fasttrain.run",
     "study": "fasttrain.claims",
 }
@@ -59,6 +63,7 @@ __all__ = [
     "Results",
     "Scaling",
     "ScanSpec",
+    "Terminated",
     "UserError",
     "Variant",
     "Verdict",
@@ -66,8 +71,10 @@ __all__ = [
     "estimates",
     "fit_scaling",
     "load",
+    "merge",
     "preview",
     "rerun",
+    "resume",
     "scan",
     "study",
 ]

@@ -1,5 +1,6 @@
 """Reading what a scan has measured, from its file or from memory, as pandas DataFrames."""
 
+import contextlib
 import json
 import operator
 import os
@@ -12,10 +13,13 @@ import numpy as np
 import pandas as pd
 
 from fasttrain.errors import UserError
+from fasttrain.journal import being_written
+from fasttrain.schema import CURVATURE, CURVES, HISTORY, PROBES, SCHEMA_VERSION, WEIGHTS, Block, Column
 from fasttrain.spec import ScanSpec, budget_text
-from fasttrain.store import CURVATURE, CURVES, HISTORY, PROBES, SCHEMA_VERSION, WEIGHTS, Block, Column, MemoryStore
+from fasttrain.store import COMMITS, MemoryStore, with_journal
 
 _CURVE_COLUMNS = HISTORY[1:]
+_ROWS_A_BYTE, _LEAST_BYTES = 100, 2**16  # rows that a byte of a file may hold: more than compression makes of it
 
 
 class Results:
@@ -28,6 +32,7 @@ class Results:
         curvature: one row for each run whose end was looked at (``scan --curvature``); the columns of ``/curvature``.
         attrs: the conditions: versions, device, precision, times, ``status`` and the summary.
         path: the file; ``None`` for results in memory.
+        written: whether a scan was writing the file when it was loaded, as far as its lock can tell.
     """
 
     def __init__(
@@ -40,7 +45,9 @@ class Results:
         read_history: Callable[[slice], Block],
         read_weights: Callable[[int], dict[str, np.ndarray]],
         path: Path | None = None,
+        written: bool = False,
     ) -> None:
+        self.written = written
         self.spec = ScanSpec.from_json(spec)
         self.curves = _frame(CURVES, curves)
         self.probes = _frame(PROBES, probes)
@@ -117,16 +124,18 @@ class Results:
 
 
 def load(path: str | os.PathLike[str]) -> Results:
-    """The results in a file that a scan has written. After a kill: the probes that were committed.
+    """The results in a file that a scan has written, or writes just now: all that was committed, also after a kill.
 
     Raises:
         UserError: there is no such file, it is not HDF5 or not of fasttrain, it is damaged, a newer fasttrain
-            wrote it, or a scan still writes it.
+            wrote it.
 
     What a file of an older schema lacks has the value that it had then: the default of its ``store.Column``; ``budget``
     and ``steps_budget`` below version 3 follow from ``steps``; and in one of version 1 ``lr_search="all"``.
     """
     path = Path(path)
+    # The lock first: a scan that ends in between has written its last rows by the time they are read.
+    written = being_written(path)
     with _Reader(path) as reader:
         attrs, status = reader.attrs, reader.attrs.get("status")
         probes = reader.table("probes", PROBES, growing=status == "running")
@@ -157,7 +166,7 @@ def load(path: str | os.PathLike[str]) -> Results:
             asked = ScanSpec.from_json(spec)
             probes["steps_budget"] = np.full(len(probes["n"]), asked.steps)
             curves["budget"] = np.full(len(curves["n_min"]), budget_text(asked), dtype=object)
-        return Results(spec, curves, probes, curvature, attrs, read, read_weights, path)
+        return Results(spec, curves, probes, curvature, attrs, read, read_weights, path, written)
     except UserError as error:
         raise UserError("file", path, f"its spec cannot be read ({error})") from None
 
@@ -167,23 +176,25 @@ class _Reader:
 
     def __init__(self, path: Path, same: Mapping[str, Any] | None = None) -> None:
         self._path, self._same = path, same or {}
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "_Reader":
         if not self._path.is_file():
             raise UserError("file", self._path, "is a directory" if self._path.is_dir() else "no such file")
         try:
-            self._file = h5py.File(self._path, "r")
-        except BlockingIOError:
-            raise UserError("file", self._path, "a scan still writes it; wait, or load a copy of it") from None
-        except OSError as error:
+            self._file = self._stack.enter_context(with_journal(self._path))
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
             what = " ".join(str(error).split())
             raise UserError("file", self._path, f"is not an HDF5 file that can be read ({what})") from None
         try:
-            self.attrs = {name: _plain(value) for name, value in self._file.attrs.items()}
+            self.attrs = {name: _plain(value) for name, value in self._file.attrs.items() if name != COMMITS}
             version = self.attrs.get("schema_version")
             if not isinstance(version, int):
                 raise UserError("file", self._path, "was not written by fasttrain (no schema_version)")
             self.version = version
+            self._most_rows = _ROWS_A_BYTE * (self._path.stat().st_size + _LEAST_BYTES)
             if version > SCHEMA_VERSION:
                 raise UserError(
                     "file",
@@ -198,7 +209,7 @@ class _Reader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
-        self._file.close()
+        self._stack.close()
         # h5py reports damaged contents as any of these.
         if isinstance(error, (OSError, KeyError, RuntimeError, TypeError, ValueError)) and not isinstance(
             error, UserError
@@ -219,6 +230,9 @@ class _Reader:
         for name, shape in shapes.items():
             if len(shape) != 1 or not (growing or shape == shapes[columns[0].name]):
                 raise UserError("file", self._path, f"is damaged: column /{group}/{name} has shape {shape}")
+            # A few bytes may claim any number of rows, of which none was ever written.
+            if shape[0] > self._most_rows:
+                raise UserError("file", self._path, f"is damaged: column /{group}/{name} claims {shape[0]:,} rows")
         return int(min((shape[0] for shape in shapes.values()), default=0))
 
     def table(self, group: str, columns: tuple[Column, ...], growing: bool) -> Block:

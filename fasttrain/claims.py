@@ -21,7 +21,7 @@ from fasttrain.analysis import Results, load
 from fasttrain.comparison import Comparison, adjusted, associated, compare
 from fasttrain.errors import UserError
 from fasttrain.measured import json_value, measured
-from fasttrain.run import Progress, scan
+from fasttrain.run import Progress, resume, scan
 from fasttrain.spec import ScanSpec
 
 LEVEL = 0.05
@@ -155,7 +155,7 @@ def study(
 ) -> list[Verdict]:
     """Runs the scans of the study and decides on its claims.
 
-    A scan that a file in ``out`` holds already, complete and of the same spec, is not made again.
+    A scan that a file in ``out`` holds already, of the same spec, is not made again; one that was stopped goes on.
 
     Args:
         out: folder for the scans' files and ``findings.json``; made if there is none.
@@ -180,7 +180,12 @@ def study(
         found = done[name]
         if found is None:
             on_progress = on_scan(name, spec) if on_scan is not None else None
-            found = scan(spec, out=folder / f"{name}.h5", overwrite=True, on_progress=on_progress)
+            path = folder / f"{name}.h5"
+            found = (
+                resume(path, on_progress=on_progress)
+                if path.exists()
+                else scan(spec, out=path, on_progress=on_progress)
+            )
         results[name] = found
     verdicts = [decided(claim, results) for claim in CLAIMS]
     said = {
@@ -207,7 +212,7 @@ def decided(claim: Claim, results: Mapping[str, Results]) -> Verdict:
 
 
 def _stored(path: Path, spec: ScanSpec) -> Results | None:
-    """The results of a scan that was made before; None if it is to be made (again)."""
+    """The results of a scan that was made before; None if it is to be made, or to go on."""
     if not path.exists():
         return None
     found = load(path)

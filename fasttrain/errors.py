@@ -1,5 +1,7 @@
 """The one exception for what a user can put right."""
 
+_LONGEST = 500
+
 
 class UserError(ValueError):
     """Input that cannot be used: names the option, the value and what would be accepted.
@@ -19,8 +21,14 @@ class UserError(ValueError):
         self.expected = expected
 
     def __str__(self) -> str:
-        return f"{self.option}={self.value}: {self.expected}"
+        return f"{self.option}={_shown(self.value)}: {' '.join(self.expected.split())}"
 
     def as_option(self) -> str:
         """The same line with the option as it is spelled on a command line (``--n-max 1: ...``)."""
-        return f"--{self.option.replace('_', '-')} {self.value}: {self.expected}"
+        return f"--{self.option.replace('_', '-')} {_shown(self.value)}: {' '.join(self.expected.split())}"
+
+
+def _shown(value: object) -> str:
+    """A value with its line breaks and the like spelled out, and of an endless one the beginning."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

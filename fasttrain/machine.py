@@ -1,5 +1,6 @@
 """The machine a scan runs on: device, memory, versions, and whether its BLAS keeps models apart bit for bit."""
 
+import gc
 import os
 import platform
 from collections.abc import Sequence
@@ -60,6 +61,18 @@ def keeps_models_apart(device: torch.device) -> bool:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is of torch, numpy or Python that could not allocate; torch has no type for that on a CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def free_memory(device: torch.device) -> None:
+    """Gives back what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def conditions(

@@ -129,6 +129,10 @@ class ProbeResult:
         return self.outcome is Outcome.FITTED
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM while a scan ran; all that finished is kept."""
+
+
 @dataclass(frozen=True, slots=True)
 class Curvature:
     """Where one training run ended (``curvature.measure``). NaN where it could not be had.

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import signal
 import threading
@@ -11,8 +12,10 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fasttrain import factories, models
@@ -30,7 +33,8 @@ from fasttrain.heldout import Keeper
 from fasttrain.machine import available_bytes, conditions, cores, resolve_device
 from fasttrain.models.matching import matched
 from fasttrain.plan import Plan, Trained, default_n_max, make_plan, most_steps
-from fasttrain.records import Curvature, Estimate, Probe, ProbeResult, Problem
+from fasttrain.records import Curvature, Estimate, History, Outcome, Probe, ProbeResult, Problem, Terminated
+from fasttrain.schema import SCHEMA_VERSION
 from fasttrain.search import Search, raced
 from fasttrain.spec import ARCHITECTURES, ScanSpec, Variant, budget_steps, budget_text, early_tells
 from fasttrain.stopping import StopRules
@@ -54,6 +58,7 @@ class Progress:
         elapsed: seconds since it began.
         seconds_left: rough estimate, or None while there is nothing to base one on.
         probes_done: finished probes.
+        probes_committed: of these, those that are on the disk, which nothing but the loss of the disk undoes.
         probes_running: probes in slots.
         variants_done: variants whose search has ended; those in a race once they are dropped or it is decided, its
             winner once it is confirmed.
@@ -86,6 +91,7 @@ class Progress:
     finished: bool
     to_measure: int = 0
     measured: int = 0
+    probes_committed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +202,7 @@ def scan(
     overwrite: bool = False,
     save_weights: bool = False,
     curvature: int = 0,
+    time_limit: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Results:
     """Measures EMC50 of every variant of a spec.
@@ -210,13 +217,17 @@ def scan(
         curvature: runs of each variant that are trained once more after the search, for the gradient norm, the slope of
             the loss and the ends of the Hessian's spectrum where they ended (``Results.curvature``). It changes no
             other number.
+        time_limit: seconds after which the scan is stopped as by Ctrl-C, but without an exception: its ``status`` is
+            ``"interrupted"``.
         on_progress: called a few times a second from the calling thread.
 
     Raises:
         UserError: the spec asks for what is not there or does not fit, or ``out`` cannot be written; nothing has
             been written then.
-        KeyboardInterrupt: on Ctrl-C; every finished probe is in ``out``, which is closed.
+        KeyboardInterrupt: on Ctrl-C; every finished probe is in ``out``, and ``resume`` goes on from there.
+        Terminated: likewise, on SIGTERM.
     """
+    _check_time_limit(time_limit)
     if not isinstance(curvature, int) or isinstance(curvature, bool) or curvature < 0:
         raise UserError("curvature", curvature, "expected a whole number of runs, 0 or more")
     if out is not None:
@@ -225,14 +236,7 @@ def scan(
     if curvature:
         check_curvature(prepared.setting, [problem.variant for problem in prepared.problems])
     store = MemoryStore() if out is None else HDF5Store(out, overwrite)
-    with numerics(prepared):
-        stated = conditions(prepared.setting.device, prepared.backends, precision_name(spec), prepared.workers)
-    variants = [problem.variant for problem in prepared.problems]
-    configured = map(configuration_text, prepared.backends, [prepared.setting] * len(variants), variants)
-    stated |= provenance(spec)
-    stated["variant_configurations"] = ";".join(configured)
-    stated["arch_source"] = own_sources(spec)
-    stated["unmatched"] = "; ".join(prepared.unmatched)
+    stated = _conditions(prepared) | {"save_weights": int(save_weights), "curvature_runs": curvature}
     for line in prepared.unmatched:
         warnings.warn(f"left out: {line}", stacklevel=2)
     if not stated["bitwise_independent"]:
@@ -244,8 +248,153 @@ def scan(
     with numerics(prepared), _Interrupts() as interrupts:
         with interrupts.deferred():
             store.begin(spec, prepared.problems, {**stated, "slots": prepared.slots})
-        _Scan(spec, prepared, store, interrupts, on_progress, save_weights, curvature).run()
+        _Scan(spec, prepared, store, interrupts, on_progress, save_weights, curvature, time_limit).run()
     return Results.from_memory(store) if isinstance(store, MemoryStore) else load(store.path)
+
+
+def resume(
+    path: str | os.PathLike[str],
+    *,
+    spec: ScanSpec | None = None,
+    time_limit: float | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Results:
+    """Goes on with a scan that was killed, interrupted or stopped by its time limit.
+
+    Its probes, results and estimates are then those of a scan that nobody stopped, bit for bit on the same hardware.
+    Runs that were under way are made again from their start. Of a complete file nothing is changed.
+
+    Args:
+        path: its file.
+        spec: what the file must have been asked for, if that is to be checked.
+        time_limit: as of ``scan``.
+        on_progress: as of ``scan``.
+
+    Raises:
+        UserError: there is no such file, another process writes it, it was asked for something else than ``spec``, or
+            this installation would not do the same: other random numbers, data, model sources, device or backend.
+        KeyboardInterrupt: as of ``scan``.
+        Terminated: as of ``scan``.
+    """
+    _check_time_limit(time_limit)
+    path = Path(path)
+    before = load(path)
+    if spec is not None and spec != before.spec:
+        raise UserError("spec", _differing(spec, before.spec), f"is not what {path} was asked for")
+    if before.attrs.get("status") == "complete":
+        return before
+    if before.attrs["schema_version"] != SCHEMA_VERSION:
+        raise UserError(
+            "file", path, f"has schema version {before.attrs['schema_version']}; only {SCHEMA_VERSION} can be continued"
+        )
+    spec = before.spec
+    prepared = prepare(spec)
+    check_same(prepared, before)
+    with numerics(prepared), _Interrupts() as interrupts:
+        with interrupts.deferred():
+            store = HDF5Store.reopened(path)
+            store.continue_with(spec, prepared.problems)
+        one = _Scan(
+            spec,
+            prepared,
+            store,
+            interrupts,
+            on_progress,
+            bool(before.attrs.get("save_weights", 0)),
+            int(before.attrs.get("curvature_runs", 0)),
+            time_limit,
+            # Read again: the file is ours only now.
+            stored=stored_results(load(path)),
+        )
+        one.run()
+    return load(path)
+
+
+def _check_time_limit(time_limit: float | None) -> None:
+    if time_limit is not None and not time_limit > 0.0:
+        raise UserError("time_limit", time_limit, "expected a time above 0")
+
+
+def _conditions(prepared: Prepared) -> dict[str, str | int | float]:
+    """What a scan runs under, beside its spec."""
+    spec = prepared.setting.spec
+    with numerics(prepared):
+        stated = conditions(prepared.setting.device, prepared.backends, precision_name(spec), prepared.workers)
+    variants = [problem.variant for problem in prepared.problems]
+    configured = map(configuration_text, prepared.backends, [prepared.setting] * len(variants), variants)
+    stated |= provenance(spec)
+    stated["variant_configurations"] = ";".join(configured)
+    stated["arch_source"] = own_sources(spec)
+    stated["unmatched"] = "; ".join(prepared.unmatched)
+    return stated
+
+
+_SAME = {
+    "generator": "random numbers",
+    "generator_digest": "random numbers",
+    "data_sha256": "data",
+    "arch_source": "model sources",
+    "device": "device",
+    "variant_backends": "backends",
+    "variant_configurations": "launch configurations",
+    "precision": "precision",
+}
+"""Conditions that must be as they were for a scan to go on, and what they are called."""
+_ALIKE = ("device_name", "platform", "torch_version", "numpy_version", "triton_version")
+"""Conditions that should be: with others the last bits may differ."""
+
+
+def check_same(prepared: Prepared, before: Results) -> None:
+    """Whether this installation goes on as the scan began.
+
+    Raises:
+        UserError: it would not.
+    """
+    now = _conditions(prepared)
+    for name, called in _SAME.items():
+        if now.get(name) != before.attrs.get(name):
+            raise UserError(
+                "file",
+                before.path,
+                f"was made with other {called}: {name} was {before.attrs.get(name)} and is {now.get(name)} here",
+            )
+    held = [(int(row["params"]), int(row["n_min"]), int(row["n_max"])) for row in before.curves.to_dict("records")]
+    if held != [(problem.params, problem.n_min, problem.n_max) for problem in prepared.problems]:
+        raise UserError("file", before.path, "has other variants than its spec gives here")
+    different = [name for name in _ALIKE if now.get(name) != before.attrs.get(name)]
+    if different:
+        told = ", ".join(f"{name} was {before.attrs.get(name)}" for name in different)
+        warnings.warn(f"the last bits of new runs may differ from those of an unbroken scan: {told}", stacklevel=3)
+
+
+def _differing(spec: ScanSpec, held: ScanSpec) -> str:
+    """The fields in which two specs differ, as ``name=value (file: value)``."""
+    return ", ".join(
+        f"{field.name}={getattr(spec, field.name)} (file: {getattr(held, field.name)})"
+        for field in dataclasses.fields(spec)
+        if getattr(spec, field.name) != getattr(held, field.name)
+    )
+
+
+def stored_results(results: Results) -> list[ProbeResult]:
+    """The runs of a file, in the order of their rows; without their training curves and weights, which stay there."""
+    nothing = History(np.empty(0, np.int64), np.empty(0), np.empty(0))
+    return [
+        ProbeResult(
+            probe=Probe(int(row["variant"]), int(row["n"]), int(row["seed"]), int(row["round"])),
+            outcome=Outcome(row["outcome"]),
+            steps=int(row["steps"]),
+            fit_step=int(row["fit_step"]),
+            train_loss=float(row["train_loss"]),
+            train_error=float(row["train_error"]),
+            history=nothing,
+            started=float(row["started"]),
+            finished=float(row["finished"]),
+            train_seconds=float(row["train_seconds"]),
+            test_accuracy=float(row["test_accuracy"]),
+        )
+        for row in results.probes.to_dict("records")
+    ]
 
 
 def preview(spec: ScanSpec) -> Preview:
@@ -340,6 +489,25 @@ def prepare(spec: ScanSpec) -> Prepared:
     return Prepared(setting, problems, plan, tuple(backends), workers, apart, tuple(unmatched))
 
 
+def make_search(spec: ScanSpec, problems: Sequence[Problem]) -> Search:
+    """The search of a spec, at its beginning."""
+
+    def run_steps(problem: Problem, n: int, short: bool) -> int:
+        return budget_steps(spec, problem.variant, n, short)
+
+    return Search(
+        problems,
+        seeds=spec.seeds,
+        interval=spec.interval,
+        tolerance=spec.tolerance,
+        max_probes=spec.max_probes,
+        races=spec.races,
+        run_steps=run_steps if spec.shortens else None,
+        early_tells=early_tells(spec.check_every, 0 if spec.budget else spec.steps),
+        design=design_of(spec),
+    )
+
+
 def own_sources(spec: ScanSpec) -> str:
     """The user's own models in a spec with the hash of their sources: ``module:name=SHA-256``, parted by semicolons."""
     own = [arch for arch in spec.arch if arch not in ARCHITECTURES]
@@ -412,34 +580,35 @@ def _step_seconds(prepared: Prepared, problem: Problem) -> float:
 
 @dataclass(slots=True)
 class _Interrupts:
-    """Ctrl-C as an exception, but not in the middle of writing: there it waits until the write is done.
+    """Ctrl-C and SIGTERM as exceptions, but not in the middle of writing: there they wait until the write is done.
 
     It is remembered too: an exception that a signal raises inside a finaliser or a weak reference's callback, of
     which recording a graph makes many, is printed and lost.
     """
 
     _writing: bool = False
-    _pending: bool = False
-    _previous: Any = None
+    _pending: type[BaseException] | None = None
+    _previous: dict[int, Any] = field(default_factory=dict)
 
     def __enter__(self) -> "_Interrupts":
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
 
-    def _on_signal(self, *_: object) -> None:
-        self._pending = True
+    def _on_signal(self, number: int, _: object) -> None:
+        self._pending = Terminated if number == signal.SIGTERM else KeyboardInterrupt
         if not self._writing:
-            raise KeyboardInterrupt
+            raise self._pending
 
     def check(self) -> None:
         """Raises what came and was held back or lost."""
-        if self._pending:
-            raise KeyboardInterrupt
+        if self._pending is not None:
+            raise self._pending
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -463,11 +632,15 @@ class _Scan:
     on_progress: Callable[[Progress], None] | None
     save_weights: bool
     curvature: int
+    time_limit: float | None = None
+    stored: list[ProbeResult] = field(default_factory=list)  # by an earlier part of the scan
     search: Search = field(init=False)
     trainer: Trainer = field(init=False)
     begin: float = field(init=False)
     search_seconds: float = 0.0
     done: int = 0
+    committed: int = 0
+    stored_steps: int = 0
     unwritten: list[ProbeResult] = field(default_factory=list)
     ended: list[ProbeResult] = field(default_factory=list)  # in the order of their rows, if curvature is to be measured
     to_measure: int = 0
@@ -480,22 +653,10 @@ class _Scan:
     def run(self) -> None:
         """Until the search is done, or Ctrl-C; the store is complete and closed afterwards."""
         spec, problems = self.spec, self.prepared.problems
-        self.begin = time.perf_counter()
+        earlier = max((result.finished for result in self.stored), default=0.0)
+        self.begin = time.perf_counter() - earlier
 
-        def run_steps(problem: Problem, n: int, short: bool) -> int:
-            return budget_steps(spec, problem.variant, n, short)
-
-        self.search = Search(
-            problems,
-            seeds=spec.seeds,
-            interval=spec.interval,
-            tolerance=spec.tolerance,
-            max_probes=spec.max_probes,
-            races=spec.races,
-            run_steps=run_steps if spec.shortens else None,
-            early_tells=early_tells(spec.check_every, 0 if spec.budget else spec.steps),
-            design=design_of(spec),
-        )
+        self.search = make_search(spec, problems)
         prepared = self.prepared
         processes = Processes(prepared.workers) if prepared.apart else None
         self.trainer = Trainer(
@@ -506,24 +667,37 @@ class _Scan:
             workers=prepared.workers,
             bucket=prepared.bucket,
             keeper=Keeper(prepared.setting, self.save_weights),
+            elapsed=earlier,
         )
+        self._searching(self.search.tell, self.stored)
+        self.done = self.committed = len(self.stored)
+        if self.curvature:
+            self.ended = list(self.stored)
+        self.stored_steps = sum(result.steps for result in self.stored)
+        self.stored = []
+        late = math.inf if self.time_limit is None else time.perf_counter() + self.time_limit
         status = "interrupted"
         try:
             while not self.search.done:
+                if time.perf_counter() >= late:
+                    break
                 self.trainer.submit(self._searching(self.search.ask))
                 self._take(self.trainer.advance())
                 self.interrupts.check()
-            if self.curvature:
-                self._measure()
-            status = "complete"
+            else:
+                if self.curvature:
+                    self._measure()
+                status = "complete"
         finally:
             with self.interrupts.deferred():
-                if processes is not None:
-                    processes.close()
-                self.trainer.close()
-                self._commit()
-                self.store.finish(status, self._summary())
-                self.store.close()
+                try:
+                    if processes is not None:
+                        processes.close()
+                    self.trainer.close()
+                    self._commit()
+                    self.store.finish(status, self._summary())
+                finally:
+                    self.store.close()
         self._report(finished=True)
 
     def _searching(self, call: Callable[..., Any], *args: Any) -> Any:
@@ -605,6 +779,7 @@ class _Scan:
 
     def _commit(self) -> None:
         self.store.append(self.unwritten)
+        self.committed += len(self.unwritten)
         self.unwritten = []
         self.store.put_curves(self._searching(self.search.estimates))
         self.written_at = time.perf_counter() - self.begin
@@ -613,8 +788,9 @@ class _Scan:
         seconds = time.perf_counter() - self.begin
         load = self.trainer.load
         return {
-            "model_steps": load.model_steps,
+            "model_steps": self.stored_steps + load.model_steps,
             "launches": load.launches,
+            "memory_retreats": load.retreats,
             "occupancy": load.occupancy,
             "seconds": seconds,
             "steps_per_second": load.model_steps / seconds if seconds > 0 else 0.0,
@@ -645,6 +821,7 @@ class _Scan:
                 elapsed=now,
                 seconds_left=0.0 if finished else left,
                 probes_done=self.done,
+                probes_committed=self.committed,
                 probes_running=self.trainer.running,
                 variants_done=sum(estimate.finished for estimate in estimates),
                 variants=tuple(problem.variant for problem in problems),

@@ -1,13 +1,15 @@
 """Where results go while a scan runs: memory or an HDF5 file (docs/hdf5.md). The only writer of HDF5."""
 
+import contextlib
 import datetime
-import math
-import operator
+import io
 import os
+import re
+import shutil
 import stat
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,29 +17,32 @@ import h5py
 import numpy as np
 
 from fasttrain.errors import UserError
-from fasttrain.records import Censored, Curvature, Estimate, ProbeResult, Problem
-from fasttrain.spec import ScanSpec, budget_steps, budget_text
-
-SCHEMA_VERSION = 3
-"""Attribute ``schema_version`` of the files written; raised when something moves, changes its meaning or is added
-without which a file cannot be understood."""
-
-TIMING_COLUMNS = ("started", "finished", "train_seconds")
-"""Columns of ``/probes`` that differ between two runs of one scan, as does the order of its rows."""
-
-TIMING_ATTRIBUTES = (
-    "started",
-    "ended",
-    "seconds",
-    "steps_per_second",
-    "launches",
-    "step_seconds",
-    "check_seconds",
-    "search_seconds",
-    "curvature_seconds",
-    "occupancy",
+from fasttrain.journal import Journal, Operation, array_of, read_commits, sync_folder
+from fasttrain.records import Curvature, Estimate, ProbeResult, Problem
+from fasttrain.schema import (
+    CURVATURE,
+    CURVES,
+    ESTIMATES,
+    GROUPS,
+    HISTORY,
+    PROBES,
+    SCHEMA_VERSION,
+    WEIGHTS,
+    Block,
+    CurveRow,
+    MeasuredRow,
+    RunRow,
+    array,
+    block,
+    joined,
+    unknown,
 )
-"""Root attributes that differ between two runs of one scan: the clock, and the speeds and load of a summary."""
+from fasttrain.spec import ScanSpec
+
+_SNAPSHOT_SECONDS = 10.0
+"""Between two times that the HDF5 file is brought up to date; the commits in between are in the journal."""
+_SNAPSHOT_SHARE = 0.02
+"""Of the time, that this may take at most."""
 
 Attribute = str | int | float
 
@@ -82,293 +87,6 @@ class Store(Protocol):
         """Release the file; without ``finish`` the status stays ``"running"``. May be called again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One column of a group.
-
-    Attributes:
-        name: of its data set.
-        kind: ``int`` (int64), ``float`` (float64), ``bool`` (int8, 0 or 1), ``str`` (variable-length UTF-8).
-        source: where a row has the value; for /history the whole array.
-        description: what it means, in a line.
-        units: ``"1"`` where dimensionless, empty for text.
-        default: of all rows of a file of a schema version below ``since``, which lacks the column; None where it
-            follows from the spec (``analysis.load``).
-        since: the first schema version that has it.
-    """
-
-    name: str
-    kind: type
-    source: str
-    description: str
-    units: str = "1"
-    default: str | float | None = None
-    since: int = 1
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The type in the file."""
-        return _DTYPES[self.kind]
-
-
-# Little-endian by name, so that a file does not depend on the machine that wrote it.
-_DTYPES = {int: np.dtype("<i8"), float: np.dtype("<f8"), bool: np.dtype("i1"), str: h5py.string_dtype()}
-
-
-def _unknown(variant: int) -> Estimate:
-    """An estimate from no probe."""
-    nothing = (math.nan,) * 5
-    return Estimate(variant, *nothing, Censored.NO, False, False, 0, misfit_p=math.nan)
-
-
-@dataclass(frozen=True, slots=True)
-class _Curve:
-    """What a row of /curves is made of."""
-
-    spec: ScanSpec
-    problem: Problem
-    estimate: Estimate
-
-    @property
-    def growth(self) -> float:
-        return self.spec.growth if self.spec.search == "paper" else math.nan
-
-    @property
-    def third(self) -> Estimate:
-        """That at a third of the budget, empty where there is none."""
-        return self.estimate.third or _unknown(self.problem.index)
-
-    @property
-    def per_param(self) -> float:
-        return self.estimate.emc50 / self.problem.params if self.problem.params else math.nan
-
-    @property
-    def budget(self) -> str:
-        return budget_text(self.spec)
-
-    @property
-    def steps_budget(self) -> int:
-        """0 where it depends on n."""
-        least, most = (
-            budget_steps(self.spec, self.problem.variant, n) for n in (self.problem.n_min, self.problem.n_max)
-        )
-        return least if least == most else 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """What a row of /probes, and its rows of /history, are made of."""
-
-    number: int
-    problem: Problem
-    result: ProbeResult
-    history_start: int
-    spec: ScanSpec
-
-    @property
-    def steps_budget(self) -> int:
-        probe = self.result.probe
-        return budget_steps(self.spec, self.problem.variant, probe.n, probe.short)
-
-    @property
-    def history_count(self) -> int:
-        return len(self.result.history.step)
-
-    @property
-    def samples(self) -> np.ndarray:
-        return np.arange(self.history_start, self.history_start + self.history_count)
-
-
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """What a row of /curvature is made of."""
-
-    number: int
-    probe: int
-    curvature: Curvature
-
-
-_SETTINGS = (
-    Column("variant", int, "problem.index", "index of the variant: its row in /curves"),
-    Column("arch", str, "problem.variant.arch", "architecture family", ""),
-    Column("width", int, "problem.variant.width", "hidden units, channels or embedding; 0 for the linear classifier"),
-    Column("depth", int, "problem.variant.depth", "hidden layers or blocks; 0 is the linear classifier"),
-    Column("activation", str, "problem.variant.activation", "activation; none for the linear classifier", ""),
-    Column("norm", str, "problem.variant.norm", "none or batch", "", default="none", since=2),
-    Column("heads", int, "problem.variant.heads", "attention heads; 0 where there are none", default=0, since=2),
-    Column(
-        "patch",
-        int,
-        "problem.variant.patch",
-        "side of a patch; 0 where there are none, or by rule",
-        "pixel",
-        default=0,
-        since=2,
-    ),
-    Column("init_scale", float, "problem.variant.init_scale", "factor on the initial weights", default=1.0, since=2),
-    Column("optimizer", str, "problem.variant.optimizer", "name of the optimizer", ""),
-    Column("lr", float, "problem.variant.lr", "learning rate, the largest of its schedule"),
-    Column("momentum", float, "problem.variant.momentum", "momentum of sgd and muon; 0 for the others"),
-    Column("nesterov", bool, "problem.variant.nesterov", "1 if the momentum is Nesterov's", default=False, since=2),
-    Column("weight_decay", float, "problem.variant.weight_decay", "weight decay", default=0.0, since=2),
-    Column("schedule", str, "problem.variant.schedule", "constant, cosine or linear", "", default="constant", since=2),
-    Column("warmup", int, "problem.variant.warmup", "steps in which the learning rate rises", default=0, since=2),
-    Column("clip", float, "problem.variant.clip", "largest norm of a gradient; 0 for no limit", default=0.0, since=2),
-    Column(
-        "label_smoothing",
-        float,
-        "problem.variant.label_smoothing",
-        "share of a label spread over all classes",
-        default=0.0,
-        since=2,
-    ),
-    Column("batch_size", int, "problem.variant.batch_size", "samples a step; 0 is the full batch"),
-    Column("inputs", str, "problem.variant.inputs", "real, shuffled or gaussian", "", default="real", since=2),
-    Column("labels", str, "problem.variant.labels", "random, true or corrupted:SHARE", ""),
-    Column("classes", int, "problem.variant.classes", "number of labels"),
-    Column("params", int, "problem.params", "trained parameters, biases included"),
-)
-_ESTIMATES = (
-    Column("emc50", float, "estimate.emc50", "n fitted with probability one half; NaN if censored or unknown"),
-    Column("emc50_low", float, "estimate.emc50_low", "lower end of its interval; n_max if above, 0 if below"),
-    Column("emc50_high", float, "estimate.emc50_high", "upper end of its interval; infinite if not reached"),
-    Column("emc50_per_param", float, "per_param", "emc50 / params"),
-    Column("slope", float, "estimate.slope", "steepness of the probability of a fit over ln n"),
-    Column("lapse", float, "estimate.lapse", "probability to fail where n is no obstacle"),
-    Column("censored", str, "estimate.censored", "no, or above n_max, or below n_min", ""),
-    Column("budget_spent", bool, "estimate.budget_spent", "1 if the probes ran out before the tolerance"),
-    Column("finished", bool, "estimate.finished", "1 if the search of the variant has ended"),
-    Column("n_probes", int, "estimate.n_probes", "finished probes behind the estimate"),
-    Column(
-        "misfit_p", float, "estimate.misfit_p", "p-value of a test that the runs follow the model", "1", math.nan, 3
-    ),
-    Column("misfit", bool, "estimate.misfit", "1 if they contradict it", "1", False, 3),
-    Column("emc50_third", float, "third.emc50", "emc50 at a third of the budget; NaN if unknown", "1", math.nan, 3),
-    Column("emc50_third_low", float, "third.emc50_low", "lower end of its interval", "1", math.nan, 3),
-    Column("emc50_third_high", float, "third.emc50_high", "upper end of its interval", "1", math.nan, 3),
-    Column("censored_third", str, "third.censored", "as censored, at a third of the budget", "", "no", 3),
-    Column(
-        "budget_spent_third", bool, "third.budget_spent", "as budget_spent, at a third of the budget", "1", False, 3
-    ),
-    Column("n_probes_third", int, "third.n_probes", "runs behind it, those at the full budget included", "1", 0, 3),
-    Column("elasticity", float, "estimate.elasticity", "d ln emc50 / d ln budget; NaN if unknown", "1", math.nan, 3),
-    Column("elasticity_low", float, "estimate.elasticity_low", "lower end of its interval", "1", math.nan, 3),
-    Column("elasticity_high", float, "estimate.elasticity_high", "upper end of its interval", "1", math.nan, 3),
-    Column(
-        "budget_limited",
-        bool,
-        "estimate.budget_limited",
-        "1 if the elasticity says that ten times the budget adds more than 10 %",
-        "1",
-        False,
-        3,
-    ),
-    Column("race", str, "estimate.race", "of its learning rate: running, dropped, lost or won; empty: none", "", "", 2),
-    Column(
-        "race_emc50",
-        float,
-        "estimate.race_emc50",
-        "emc50 of the race's own probes; NaN if none",
-        default=math.nan,
-        since=2,
-    ),
-    Column(
-        "race_emc50_low",
-        float,
-        "estimate.race_low",
-        "lower end of its interval; NaN if none",
-        default=math.nan,
-        since=2,
-    ),
-    Column(
-        "race_emc50_high",
-        float,
-        "estimate.race_high",
-        "upper end of its interval; NaN if none",
-        default=math.nan,
-        since=2,
-    ),
-)
-CURVES = (
-    *_SETTINGS,
-    Column("n_min", int, "problem.n_min", "smallest number of samples that may be tried"),
-    Column("n_max", int, "problem.n_max", "largest number of samples that may be tried"),
-    Column("data", str, "spec.data", "data set", ""),
-    Column("steps_budget", int, "steps_budget", "optimizer steps that a full probe may take; 0 if it depends on n"),
-    Column("budget", str, "budget", "what a full probe may take, in steps, epochs or samples", "", since=3),
-    Column("check_every", int, "spec.check_every", "steps between checks on the whole training set, at most"),
-    Column("search", str, "spec.search", "which runs were made: adaptive, paper or grid", "", "adaptive", 3),
-    Column("growth", float, "growth", "factor from one n of a ladder to the next; NaN if none", "1", math.nan, 3),
-    Column("max_probes", int, "spec.max_probes", "at most so many probes a variant; not of a grid"),
-    Column("interval", float, "spec.interval", "probability content of emc50_low to emc50_high"),
-    Column("tolerance", float, "spec.tolerance", "half-width of it, as a share of emc50, that is enough"),
-    *_ESTIMATES,
-)
-PROBES = (
-    Column("probe", int, "number", "index of the probe, in the order in which they finished"),
-    *_SETTINGS,
-    Column("n", int, "result.probe.n", "training samples"),
-    Column(
-        "seed", int, "result.probe.seed", "0, 1, 2, ... at each n; from 2^20 on it confirms, from 2^21 on it is short"
-    ),
-    Column("round", int, "result.probe.round", "round of the search that asked for it; 0 is the bracket"),
-    Column("outcome", str, "result.outcome", "fitted, plateaued, diverged or out_of_budget", ""),
-    Column("steps_budget", int, "steps_budget", "optimizer steps that it might take", since=3),
-    Column("steps", int, "result.steps", "optimizer steps taken"),
-    Column("fit_step", int, "result.fit_step", "step of the first fit; -1 if there was none"),
-    Column("train_error", float, "result.train_error", "share of the n samples not strictly right at the end"),
-    Column("train_loss", float, "result.train_loss", "mean cross-entropy over the n samples at the end", "nat"),
-    Column(
-        "test_accuracy",
-        float,
-        "result.test_accuracy",
-        "share of the held-out samples classified right at the end of a fitted run",
-        default=math.nan,
-        since=2,
-    ),
-    Column("started", float, "result.started", "start of the run, after the start of the scan", "s"),
-    Column("finished", float, "result.finished", "end of the run, after the start of the scan", "s"),
-    Column("train_seconds", float, "result.train_seconds", "its share of the time of its batches", "s"),
-    Column("history_start", int, "history_start", "row of /history where its training curve starts"),
-    Column("history_count", int, "history_count", "rows of its training curve in /history"),
-)
-HISTORY = (
-    Column("sample", int, "samples", "index of the row"),
-    Column("step", int, "result.history.step", "optimizer steps taken"),
-    Column("train_loss", float, "result.history.train_loss", "mean cross-entropy over the n samples", "nat"),
-    Column("train_accuracy", float, "result.history.train_accuracy", "share of the n samples strictly right"),
-)
-CURVATURE = (
-    Column("row", int, "number", "index of the row", since=3),
-    Column("probe", int, "probe", "index of the probe: its row in /probes", since=3),
-    Column(
-        "loss", float, "curvature.loss", "mean cross-entropy over the n samples at the end, in float64", "nat", since=3
-    ),
-    Column("gradient_norm", float, "curvature.gradient_norm", "norm of its gradient, all parameters", "nat", since=3),
-    Column("loss_slope", float, "curvature.loss_slope", "d ln loss / d ln step, last half of the curve", since=3),
-    Column("lambda_min", float, "curvature.lambda_min", "smallest eigenvalue of the loss's Hessian", "nat", since=3),
-    Column(
-        "residual_min", float, "curvature.residual_min", "|H v - lambda v|; an eigenvalue is within", "nat", since=3
-    ),
-    Column("lambda_max", float, "curvature.lambda_max", "largest eigenvalue of the loss's Hessian", "nat", since=3),
-    Column(
-        "residual_max", float, "curvature.residual_max", "|H v - lambda v|; an eigenvalue is within", "nat", since=3
-    ),
-    Column("products", int, "curvature.products", "Hessian-vector products that it took", since=3),
-    Column(
-        "converged", bool, "curvature.converged", "1 if both residuals are at most 1e-5 of the larger |lambda|", since=3
-    ),
-)
-GROUPS = {"curves": CURVES, "probes": PROBES, "history": HISTORY, "curvature": CURVATURE}
-"""The columns of each group; the first is its dimension scale and equals the row number."""
-
-WEIGHTS = "weights"
-"""The group of the parameters that were kept: /weights/<probe>/<name of the parameter>."""
-
-Block = dict[str, np.ndarray]
-"""Values of some columns of a group, by name; all of one length."""
-
-
 class _TableStore(ABC):
     """The records as rows of tables; a subclass keeps the tables."""
 
@@ -387,49 +105,59 @@ class _TableStore(ABC):
             "ended": "",
             "spec_digest": spec.digest(),
         }
-        self._reserved = frozenset(own)
-        curves = [_Curve(spec, problem, _unknown(problem.index)) for problem in problems]
-        self._create(spec.to_json(), {**own, **self._checked(conditions)}, _block(CURVES, curves))
+        self._reserved = frozenset(RESERVED)
+        curves = [CurveRow(spec, problem, unknown(problem.index)) for problem in problems]
+        self._create(spec.to_json(), {**own, **self._checked(conditions)}, block(CURVES, curves))
 
     def append(self, results: Sequence[ProbeResult]) -> None:
         runs, start = [], self._rows["history"]
         for index, result in enumerate(results, self._rows["probes"]):
-            runs.append(_Run(index, self._problems[result.probe.variant], result, start, self._spec))
+            runs.append(RunRow(index, self._problems[result.probe.variant], result, start, self._spec))
             start += len(result.history.step)
         if not runs:
             return
         # Cut short between the two, this leaves curves without a probe, never a probe without its curve.
-        for run in runs:
-            if run.result.weights is not None:
-                self._keep_weights(run.number, run.result.weights)
-        self._write("history", self._rows["history"], _joined(HISTORY, runs))
-        self._write("probes", self._rows["probes"], _block(PROBES, runs))
-        self._flush()
+        with self._whole():
+            for run in runs:
+                if run.result.weights is not None:
+                    self._keep_weights(run.number, run.result.weights)
+            self._write("history", self._rows["history"], joined(HISTORY, runs))
+            self._write("probes", self._rows["probes"], block(PROBES, runs))
         self._rows |= {"probes": self._rows["probes"] + len(runs), "history": start}
 
     def put_curves(self, estimates: Sequence[Estimate]) -> None:
         by_variant = {estimate.variant: estimate for estimate in estimates}
         if len(estimates) != len(self._problems) or set(by_variant) != set(range(len(self._problems))):
             raise ValueError("expected one estimate for each variant")
-        rows = [_Curve(self._spec, problem, by_variant[problem.index]) for problem in self._problems]
-        self._write("curves", 0, _block(_ESTIMATES, rows))
-        self._flush()
+        rows = [CurveRow(self._spec, problem, by_variant[problem.index]) for problem in self._problems]
+        with self._whole():
+            self._write("curves", 0, block(ESTIMATES, rows))
 
     def put_curvature(self, measured: Sequence[tuple[int, Curvature]]) -> None:
         first = self._rows["curvature"]
-        rows = [_Measured(number, *one) for number, one in enumerate(measured, first)]
-        self._write("curvature", first, _block(CURVATURE, rows))
-        self._flush()
+        rows = [MeasuredRow(number, *one) for number, one in enumerate(measured, first)]
+        with self._whole():
+            self._write("curvature", first, block(CURVATURE, rows))
         self._rows["curvature"] = first + len(rows)
 
     def finish(self, status: str, summary: Mapping[str, Attribute]) -> None:
         if status not in ("complete", "interrupted"):
             raise ValueError(f"status {status!r} is neither complete nor interrupted")
-        # An append that an exception cut short has left rows that were never committed.
-        for group, rows in self._rows.items():
-            self._truncate(group, rows)
-        self._set_attributes({**self._checked(summary), "ended": _now(), "status": status})
-        self._flush()
+        with self._whole():
+            # An append that an exception cut short has left rows that were never committed.
+            for group, rows in self._rows.items():
+                self._truncate(group, rows)
+            self._set_attributes({**self._checked(summary), "ended": _now(), "status": status})
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """A commit: all that is written inside, or nothing."""
+        try:
+            yield
+            self._flush()
+        except BaseException:
+            self._forget()
+            raise
 
     def _checked(self, attributes: Mapping[str, Attribute]) -> Mapping[str, Attribute]:
         if taken := sorted(self._reserved.intersection(attributes)):
@@ -456,6 +184,9 @@ class _TableStore(ABC):
     @abstractmethod
     def _flush(self) -> None: ...
 
+    def _forget(self) -> None:  # noqa: B027, only a store that holds writes back has something to drop
+        """Drops what was written since the last flush, where that is possible."""
+
 
 class MemoryStore(_TableStore):
     """A store that keeps everything in memory, for a scan without an output file.
@@ -475,7 +206,7 @@ class MemoryStore(_TableStore):
 
     def block(self, group: str) -> Block:
         """A copy of all columns of one of ``GROUPS``, in the types of the file."""
-        return {c.name: _array(c, self._lists[group][c.name]) for c in GROUPS[group]}
+        return {c.name: array(c, self._lists[group][c.name]) for c in GROUPS[group]}
 
     def close(self) -> None:
         """Nothing to release; what was stored can still be read."""
@@ -504,7 +235,11 @@ class MemoryStore(_TableStore):
 
 
 class HDF5Store(_TableStore):
-    """A store that writes an HDF5 file.
+    """A store that writes an HDF5 file, which is whole at any moment: kills, full disks and power cuts included.
+
+    What is committed goes to a journal beside it, synced to the disk; now and then a copy of the file takes all of that
+    in, and the copy's name becomes the file's (docs/decisions/0009-crash-safety.md). Nobody ever writes in the file
+    that a reader may have open. ``fasttrain.load`` takes the journal into account.
 
     Args:
         path: of the file; created by ``begin``.
@@ -515,82 +250,284 @@ class HDF5Store(_TableStore):
         super().__init__()
         self.path = Path(path)
         self._overwrite = overwrite
-        self._file: h5py.File | None = None
-        self._columns: dict[str, dict[str, h5py.Dataset]] = {}
+        self._journal: Journal | None = None
+        self._commit = 0
+        self._operations: list[Operation] = []  # of the commit under way
+        self._unsaved: list[list[Operation]] = []  # commits since the last snapshot
+        self._next_snapshot = 0.0
+
+    @classmethod
+    def reopened(cls, path: str | os.PathLike[str]) -> "HDF5Store":
+        """The store of a file that a scan has left unfinished, locked, with its journal taken in.
+
+        ``continue_with`` goes on from there.
+
+        Raises:
+            UserError: another process writes the file, or it cannot be written.
+        """
+        store = cls(path, overwrite=True)
+        try:
+            store._journal = Journal(store.path, fresh=False)
+            with _image(store.path, store._journal.commits) as (file, commit):
+                store._commit = commit
+                store._rows = {group: len(file[f"{group}/{GROUPS[group][0].name}"]) for group in store._rows}
+            store._unsaved = [operations for number, operations in store._journal.commits if number > 0]
+            store._snapshot()
+        except OSError as error:
+            store.close()
+            raise UserError("out", path, f"cannot be written ({_line(error)})") from None
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def continue_with(self, spec: ScanSpec, problems: Sequence[Problem]) -> None:
+        """Go on with a scan, after ``reopened``: it is running again, and measures curvature from the start."""
+        self._spec, self._problems = spec, tuple(problems)
+        self._reserved = frozenset(RESERVED)
+        with self._whole():
+            self._rows["curvature"] = 0
+            self._truncate("curvature", 0)
+            self._set_attributes({"status": "running", "ended": ""})
 
     def close(self) -> None:
-        """Close the file. May be called again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-            self._columns = {}
+        """Release the file; what was committed since the last snapshot stays in the journal. May be called again."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+    def finish(self, status: str, summary: Mapping[str, Attribute]) -> None:
+        """See ``Store``. The journal is gone afterwards."""
+        super().finish(status, summary)
+        assert self._journal is not None
+        self._snapshot()
+        self._journal.remove()
 
     def _create(self, spec: str, attributes: Mapping[str, Attribute], curves: Block) -> None:
         check_output(self.path, self._overwrite)
         try:
-            # What HDF5 1.10 and netCDF-4 read. Newer formats also mark a killed writer's file as still open.
-            self._file = h5py.File(
-                self.path, "w" if self._overwrite else "x", libver=("earliest", "v110"), track_order=True
-            )
-            self._set_attributes(attributes)
-            self._file.create_dataset("spec", data=spec, dtype=h5py.string_dtype(), track_order=True)
-            self._file["spec"].attrs["description"] = "the scan's specification, JSON"
-            for group in GROUPS:
-                self._create_group(group, len(next(iter(curves.values()))) if group == "curves" else None)
-            self._write("curves", 0, curves)
-            self._file.flush()
+            self._journal = Journal(self.path, fresh=True)
+            with self._replacing(fresh=True) as file:
+                _set_attributes(file, {**attributes, COMMITS: 0})
+                file.create_dataset("spec", data=spec, dtype=h5py.string_dtype(), track_order=True)
+                file["spec"].attrs["description"] = "the scan's specification, JSON"
+                for group in GROUPS:
+                    _create_group(file, group, len(next(iter(curves.values()))) if group == "curves" else None)
+                _write(file, "curves", 0, curves)
+            self._next_snapshot = time.monotonic() + _SNAPSHOT_SECONDS
         except OSError as error:
-            self.close()
+            self._drop()
             raise UserError("out", self.path, f"cannot be created ({_line(error)})") from None
+        except BaseException:
+            self._drop()
+            raise
 
-    def _create_group(self, group: str, rows: int | None) -> None:
-        """A group of empty columns; ``rows`` is their length for ever, ``None`` lets them grow."""
-        assert self._file is not None
-        chunks = {"probes": (256,), "history": (1024,), "curvature": (64,)}.get(group)
-        parent = self._file.create_group(group, track_order=True)
-        columns = self._columns[group] = {}
-        for column in GROUPS[group]:
-            data = columns[column.name] = parent.create_dataset(
-                column.name, (rows or 0,), column.dtype, chunks=chunks, maxshape=(rows,), track_order=True
-            )
-            data.attrs["description"], data.attrs["units"] = column.description, column.units
-        scale = columns[GROUPS[group][0].name]
-        scale.make_scale(GROUPS[group][0].name)
-        for data in columns.values():
-            if data is not scale:
-                data.dims[0].attach_scale(scale)
+    def _drop(self) -> None:
+        """Leaves no journal of a file that was never made."""
+        if self._journal is not None:
+            self._journal.remove()
+            self._journal = None
 
     def _write(self, group: str, start: int, block: Block) -> None:
-        for name, values in block.items():
-            data = self._columns[group][name]
-            if data.shape[0] < start + len(values):
-                data.resize((start + len(values),))
-            if len(values):
-                data[start : start + len(values)] = values
+        self._operations.append(["write", group, start, block])
 
     def _keep_weights(self, probe: int, weights: Mapping[str, np.ndarray]) -> None:
-        assert self._file is not None
-        name = f"{WEIGHTS}/{probe}"
-        if name in self._file:  # of an append that was cut short
-            del self._file[name]
-        group = self._file.create_group(name, track_order=True)
-        for parameter, values in weights.items():
-            group.create_dataset(parameter, data=values, dtype="<f8", track_order=True)
+        self._operations.append(["weights", probe, dict(weights)])
 
     def _truncate(self, group: str, rows: int) -> None:
-        for data in self._columns[group].values():
-            if data.shape[0] != rows:
-                data.resize((rows,))
+        self._operations.append(["truncate", group, rows])
 
     def _set_attributes(self, attributes: Mapping[str, Attribute]) -> None:
-        assert self._file is not None
-        for name, value in attributes.items():
-            text = isinstance(value, str)
-            self._file.attrs.modify(name, np.array(value, dtype=h5py.string_dtype() if text else None))
+        self._operations.append(["attributes", dict(attributes)])
+
+    def _forget(self) -> None:
+        self._operations = []
 
     def _flush(self) -> None:
-        assert self._file is not None
-        self._file.flush()
+        assert self._journal is not None
+        operations, self._operations = self._operations, []
+        self._journal.append(self._commit + 1, operations)
+        self._commit += 1
+        self._unsaved.append(operations)
+        if time.monotonic() >= self._next_snapshot:
+            # A disk too full for a copy may have room for the journal yet.
+            with contextlib.suppress(OSError):
+                self._snapshot()
+
+    def _snapshot(self) -> None:
+        """Brings the file up to date.
+
+        Raises:
+            OSError: there is no room for a copy. The file is as it was, and the journal too.
+        """
+        assert self._journal is not None
+        begin = time.monotonic()
+        try:
+            with self._replacing(fresh=False) as file:
+                for operations in self._unsaved:
+                    apply(file, operations)
+                _set_attributes(file, {COMMITS: self._commit})
+            self._unsaved = []
+            self._journal.clear()
+        finally:
+            took = time.monotonic() - begin
+            self._next_snapshot = begin + took + max(_SNAPSHOT_SECONDS, took / _SNAPSHOT_SHARE)
+
+    @contextlib.contextmanager
+    def _replacing(self, fresh: bool) -> Iterator[h5py.File]:
+        """A new file, or a copy of the one there is, which takes its name once the block is left without an error."""
+        # Of one name, since there is one writer: what a kill leaves is replaced by the next snapshot.
+        temporary = self.path.with_name(f".{self.path.name[:200]}.next")
+        try:
+            if not fresh:
+                shutil.copyfile(self.path, temporary)
+            # What HDF5 1.10 and netCDF-4 read.
+            with h5py.File(
+                temporary, "w" if fresh else "r+", libver=("earliest", "v110"), track_order=True, locking=False
+            ) as file:
+                yield file
+            descriptor = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if fresh and not self._overwrite:
+                _new_name(temporary, self.path)
+            else:
+                os.replace(temporary, self.path)
+            sync_folder(self.path)
+        except RuntimeError as error:  # HDF5 says so where it cannot write
+            said = re.search(r"errno = (\d+)", str(error))
+            if said is None:
+                raise
+            raise OSError(int(said[1]), os.strerror(int(said[1]))) from error
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+COMMITS = "commits"
+"""Attribute of the root: commits that the file has taken in; those of the journal beyond it are newer."""
+RESERVED = ("schema_version", "title", "status", "started", "ended", "spec_digest", COMMITS)
+
+
+def apply(file: h5py.File, operations: Sequence[Operation]) -> None:
+    """Does what a commit says on an open file.
+
+    Raises:
+        ValueError: a commit has something that no store writes.
+    """
+    for operation in operations:
+        match operation:
+            case ["write", str(group), int(start), dict(columns)] if group in GROUPS:
+                _write(
+                    file, group, start, {c.name: array(c, columns[c.name]) for c in GROUPS[group] if c.name in columns}
+                )
+            case ["weights", int(probe), dict(weights)]:
+                _keep_weights(file, probe, weights)
+            case ["truncate", str(group), int(rows)] if group in GROUPS:
+                _truncate(file, group, rows)
+            case ["attributes", dict(attributes)]:
+                _set_attributes(file, attributes)
+            case ["owner", _]:
+                pass
+            case _:
+                raise ValueError(f"no operation: {str(operation)[:60]}")
+
+
+@contextlib.contextmanager
+def with_journal(path: Path) -> Iterator[h5py.File]:
+    """A file with its journal taken in, to read: the file itself, or a copy where there is something to take in."""
+    # The journal first: the file is at least as new then, and what it has already is passed over.
+    commits = read_commits(path)
+    with _image(path, commits) as (file, _):
+        yield file
+
+
+@contextlib.contextmanager
+def _image(path: Path, commits: Sequence[tuple[int, list[Operation]]]) -> Iterator[tuple[h5py.File, int]]:
+    with h5py.File(path, "r", locking=False) as file:
+        done = _count(file.attrs.get(COMMITS, 0))
+        newer = [(number, operations) for number, operations in commits if number > done]
+        if not newer:
+            yield file, done
+            return
+    with io.BytesIO(path.read_bytes()) as image, h5py.File(image, "r+") as file:
+        done = _count(file.attrs.get(COMMITS, 0))
+        for number, operations in newer:
+            if number == done + 1:
+                apply(file, operations)
+                done = number
+        yield file, done
+
+
+def _count(value: Any) -> int:
+    return int(value) if isinstance(value, (int, np.integer)) else 0
+
+
+def _create_group(file: h5py.File, group: str, rows: int | None) -> None:
+    """A group of empty columns; ``rows`` is their length for ever, ``None`` lets them grow."""
+    chunks = {"probes": (256,), "history": (1024,), "curvature": (64,)}.get(group)
+    parent = file.create_group(group, track_order=True)
+    columns = {}
+    for column in GROUPS[group]:
+        data = columns[column.name] = parent.create_dataset(
+            column.name, (rows or 0,), column.dtype, chunks=chunks, maxshape=(rows,), track_order=True
+        )
+        data.attrs["description"], data.attrs["units"] = column.description, column.units
+    scale = columns[GROUPS[group][0].name]
+    scale.make_scale(GROUPS[group][0].name)
+    for data in columns.values():
+        if data is not scale:
+            data.dims[0].attach_scale(scale)
+
+
+def _write(file: h5py.File, group: str, start: int, block: Block) -> None:
+    for name, values in block.items():
+        data = file[f"{group}/{name}"]
+        if not 0 <= start <= data.shape[0]:
+            raise ValueError(f"rows of /{group} from {start} on, where there are {data.shape[0]}")
+        if data.shape[0] < start + len(values):
+            data.resize((start + len(values),))
+        if len(values):
+            data[start : start + len(values)] = values
+
+
+def _keep_weights(file: h5py.File, probe: int, weights: Mapping[str, Any]) -> None:
+    name = f"{WEIGHTS}/{probe}"
+    if name in file:  # of an append that was cut short
+        del file[name]
+    group = file.create_group(name, track_order=True)
+    for parameter, values in weights.items():
+        stored = values if isinstance(values, np.ndarray) else array_of(values)
+        group.create_dataset(parameter, data=stored, dtype="<f8", track_order=True)
+
+
+def _truncate(file: h5py.File, group: str, rows: int) -> None:
+    for data in file[group].values():
+        if data.shape[0] != rows:
+            data.resize((rows,))
+
+
+def _set_attributes(file: h5py.File, attributes: Mapping[str, Attribute]) -> None:
+    for name, value in attributes.items():
+        text = isinstance(value, str)
+        file.attrs.modify(name, np.array(value, dtype=h5py.string_dtype() if text else None))
+
+
+def _new_name(temporary: Path, path: Path) -> None:
+    """Gives a file a name that nothing has.
+
+    Raises:
+        FileExistsError: something has it.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(temporary, path)
 
 
 def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
@@ -638,22 +575,3 @@ def _attribute(name: str, value: object) -> Attribute:
         if isinstance(value, kind):
             return kind(value)
     raise TypeError(f"attribute {name} is neither text nor a number: {value!r}")
-
-
-def _array(column: Column, values: Any) -> np.ndarray:
-    # Plain str: in memory an enum would stay one, and read back differently from text of a file.
-    if column.kind is str:
-        return np.array([str(value) for value in values], dtype=object)
-    return np.asarray(values, dtype=column.dtype)
-
-
-def _block(columns: Sequence[Column], rows: Sequence[_Curve] | Sequence[_Run] | Sequence[_Measured]) -> Block:
-    return {c.name: _array(c, list(map(operator.attrgetter(c.source), rows))) for c in columns}
-
-
-def _joined(columns: Sequence[Column], rows: Sequence[_Run]) -> Block:
-    """As ``_block``, for columns that give an array for each row."""
-    block = {c.name: np.concatenate(list(map(operator.attrgetter(c.source), rows))) for c in columns}
-    if len({len(values) for values in block.values()}) > 1:
-        raise ValueError("the arrays of a history must be of one length")
-    return {c.name: _array(c, block[c.name]) for c in columns}

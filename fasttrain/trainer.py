@@ -1,15 +1,18 @@
 """Slots: probes of several shapes side by side; whoever ends leaves at once and the next one takes its place."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fasttrain.backends.base import Backend, Report, Run, Setting
+from fasttrain.errors import UserError
 from fasttrain.heldout import Keeper
+from fasttrain.machine import free_memory, out_of_memory
 from fasttrain.plan import bucket
 from fasttrain.records import Probe, ProbeResult, Problem
 from fasttrain.spec import Variant
@@ -59,6 +62,7 @@ class Load:
         launches: kernels that the triton backend launched.
         step_seconds: time inside the backend.
         check_seconds: of that, time in evaluations for checks; 0 where they are a part of the kernels that train.
+        retreats: times that memory did not reach, and the slots were halved.
     """
 
     model_steps: int = 0
@@ -66,6 +70,7 @@ class Load:
     launches: int = 0
     step_seconds: float = 0.0
     check_seconds: float = 0.0
+    retreats: int = 0
 
     @property
     def occupancy(self) -> float:
@@ -84,6 +89,7 @@ class Trainer:
         workers: threads for the backends that may use several.
         bucket: the key of the bucket of a variant; itself a variant.
         keeper: looks at the parameters of runs before they leave.
+        elapsed: seconds of the scan before this.
     """
 
     def __init__(
@@ -95,6 +101,7 @@ class Trainer:
         workers: int = 1,
         bucket: Callable[[Variant], Variant] = bucket,
         keeper: Keeper | None = None,
+        elapsed: float = 0.0,
     ) -> None:
         self.load = Load()
         self.slots = slots
@@ -110,7 +117,7 @@ class Trainer:
         self._pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="fasttrain")
         self._waiters = concurrent.futures.ThreadPoolExecutor(_WAITING_THREADS, thread_name_prefix="fasttrain-waits")
         self._working: dict[concurrent.futures.Future[tuple[Report, float]], _Group] = {}
-        self._origin = time.perf_counter()
+        self._origin = time.perf_counter() - elapsed
         self._started: dict[Probe, float] = {}
         self._seconds: dict[Probe, float] = {}
 
@@ -135,7 +142,8 @@ class Trainer:
         results: list[ProbeResult] = []
         if self._turn:
             group = self._turn.popleft()
-            results += self._settle(group, *group.turn())
+            with self._retreating(group.key, group.state.runs):
+                results += self._settle(group, *group.turn())
             wait = 0.0
         else:
             wait = None
@@ -143,11 +151,40 @@ class Trainer:
             done, _ = concurrent.futures.wait(self._working, wait, concurrent.futures.FIRST_COMPLETED)
             for future in done:
                 group = self._working.pop(future)
-                report, took = future.result()
-                if took < _TURN_SECONDS:
-                    group.checks *= 2
-                results += self._settle(group, report, took)
+                with self._retreating(group.key, group.state.runs):
+                    report, took = future.result()
+                    if took < _TURN_SECONDS:
+                        group.checks *= 2
+                    results += self._settle(group, report, took)
         return results
+
+    @contextlib.contextmanager
+    def _retreating(self, key: _Key, runs: Sequence[Run]) -> Iterator[None]:
+        """Where memory does not reach for a state: half of the slots, and its runs once more from their start.
+
+        A step may have been cut short in the middle, so that nothing of its state is to be trusted. A run from its
+        start is the same run.
+
+        Raises:
+            UserError: it does not reach for a single run.
+        """
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            again = [*runs, *self._arrived.pop(key, [])]
+            if self.slots <= 1:
+                variant = again[0].problem.variant
+                told = f"memory does not reach for one model of width {variant.width} and depth {variant.depth}"
+                raise UserError("widths", variant.width, told) from None
+            self.slots = max(self.slots // 2, 1)
+            self.load.retreats += 1
+            self._waiting.extendleft(run.probe for run in reversed(again))
+        else:
+            return
+        # Outside of the handler: the traceback holds on to what is to be freed.
+        free_memory(self._setting.device)
 
     def _settle(self, group: _Group, report: Report, took: float) -> list[ProbeResult]:
         """Books what a group's turn did, and lets it go on with the runs that it has left."""
@@ -218,16 +255,21 @@ class Trainer:
             new.setdefault(self._lane(self._bucket(problem.variant), new), []).append(run)
         for key, runs in new.items():
             backend = self._backend(key)
-            most = backend.most_together
-            if most is not None:
-                for start in range(0, len(runs), most):
-                    self._dispatch(self._group(key, backend, runs[start : start + most]))
-            elif group := next((group for group in self._turn if group.key == key), None):
-                group.state = backend.insert(group.state, runs)
-            elif any(group.key == key for group in self._working.values()):
+            most = backend.most_together or len(runs)
+            if backend.most_together is None and any(group.key == key for group in self._working.values()):
                 self._arrived.setdefault(key, []).extend(runs)
-            else:
-                self._dispatch(self._group(key, backend, runs))
+                continue
+            group = next((group for group in self._turn if group.key == key), None)
+            if backend.most_together is None and group is not None:
+                self._turn.remove(group)
+                with self._retreating(key, [*group.state.runs, *runs]):
+                    group.state = backend.insert(group.state, runs)
+                    self._turn.append(group)
+                continue
+            for start in range(0, len(runs), most):
+                some = runs[start : start + most]
+                with self._retreating(key, some):
+                    self._dispatch(self._group(key, backend, some))
 
     def _lane(self, bucket: Variant, new: Mapping[_Key, Sequence[Run]]) -> _Key:
         """The lane of a bucket that takes a run: the first that is not well filled, or the one with the fewest runs."""

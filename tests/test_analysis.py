@@ -15,8 +15,9 @@ import pytest
 from fasttrain.analysis import Results, load
 from fasttrain.errors import UserError
 from fasttrain.records import History, Outcome, Probe, ProbeResult, Problem
+from fasttrain.schema import GROUPS, SCHEMA_VERSION
 from fasttrain.spec import ScanSpec
-from fasttrain.store import GROUPS, SCHEMA_VERSION, HDF5Store, MemoryStore
+from fasttrain.store import HDF5Store, MemoryStore
 
 SPEC = ScanSpec(widths=(4, 8))
 PROBLEMS = [Problem(i, v, 50, 2, 99) for i, v in enumerate(SPEC.variants(10))]
@@ -25,10 +26,14 @@ PROBLEMS = [Problem(i, v, 50, 2, 99) for i, v in enumerate(SPEC.variants(10))]
 def fill(store: MemoryStore | HDF5Store, probes: int = 3) -> None:
     store.begin(SPEC, PROBLEMS, {"device": "cpu"})
     for i in range(probes):
-        history = History(np.arange(i) + i, np.arange(i) / 4, np.arange(i) / 8)
-        store.append([ProbeResult(Probe(i % 2, 5 + i, 0), Outcome.FITTED, 9, 9, 0.5, 0.0, history)])
+        store.append([result(i)])
     store.finish("complete", {})
     store.close()
+
+
+def result(i: int) -> ProbeResult:
+    history = History(np.arange(i) + i, np.arange(i) / 4, np.arange(i) / 8)
+    return ProbeResult(Probe(i % 2, 5 + i, 0), Outcome.FITTED, 9, 9, 0.5, 0.0, history)
 
 
 @pytest.fixture
@@ -147,21 +152,35 @@ def test_a_running_file_shows_the_rows_that_all_columns_have(path: Path) -> None
     assert results.history(1)["step"].tolist() == [1]
 
 
-def test_a_file_that_is_being_written_says_so(tmp_path: Path) -> None:
+def test_rows_that_were_never_written_are_not_read(path: Path) -> None:
+    """A column of 2^40 rows takes no space in a file, and eight terabytes in memory."""
+    with h5py.File(path, "r+") as file:
+        for column in file["probes"].values():
+            column.resize((2**40,))
+    with pytest.raises(UserError, match=r"damaged: column /probes/\w+ claims 1,099,511,627,776 rows"):
+        load(path)
+
+
+@pytest.mark.parametrize("locking", ["TRUE", "FALSE", "BEST_EFFORT"])
+def test_a_file_that_is_being_written_can_be_read(tmp_path: Path, locking: str) -> None:
     path = tmp_path / "live.h5"
     store = HDF5Store(path, overwrite=False)
     store.begin(SPEC, PROBLEMS, {})
-    program = "import sys, fasttrain\ntry: fasttrain.load(sys.argv[1])\nexcept ValueError as e: print(e)"
+    for k in range(3):
+        store.append([result(k)])
+    program = "import sys, fasttrain; r = fasttrain.load(sys.argv[1]); print(len(r.probes), r.attrs['status'])"
     done = subprocess.run(
         [sys.executable, "-c", program, str(path)],
         capture_output=True,
         text=True,
         check=True,
         cwd=Path(__file__).parents[1],
-        env={k: v for k, v in os.environ.items() if k != "HDF5_USE_FILE_LOCKING"},
+        env={**os.environ, "HDF5_USE_FILE_LOCKING": locking},
     )
+    store.append([result(3)])
     store.close()
-    assert "a scan still writes it" in done.stdout
+    assert done.stdout == "3 running\n"
+    assert len(load(path).probes) == 4
 
 
 def test_history_reads_its_slice_and_no_file_stays_open(path: Path) -> None:

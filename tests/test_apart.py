@@ -16,7 +16,7 @@ from fasttrain import run as module
 from fasttrain.backends.apart import ApartBackend, Processes
 from fasttrain.backends.base import Run, Setting
 from fasttrain.records import Probe, Problem
-from fasttrain.store import TIMING_COLUMNS
+from fasttrain.schema import TIMING_COLUMNS
 
 SMALL = ScanSpec(
     arch=("cnn", "vit"),

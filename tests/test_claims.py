@@ -166,6 +166,19 @@ def small(scale=1.0, seed=0):
     return out
 
 
+def stop_at(path, spec, runs):
+    """In place of a scan's file, that of one which was stopped."""
+
+    def stop(progress):
+        if progress.probes_done >= runs:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fasttrain.run._REPORT_SECONDS", 0.0)
+        fasttrain.scan(spec, out=path, overwrite=True, on_progress=stop)
+    assert len(fasttrain.load(path).probes) >= runs
+
+
 def test_the_study_runs_goes_on_and_says_what_it_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(claims, "scans_of", small)
     made = []
@@ -174,7 +187,7 @@ def test_the_study_runs_goes_on_and_says_what_it_found(tmp_path, monkeypatch, ca
     said = json.loads((tmp_path / "out" / "findings.json").read_text())
     assert [one["claim"] for one in said["claims"]] == [claim.name for claim in CLAIMS]
     assert {one["verdict"] for one in said["claims"]} <= {"supported", "not supported", "undecided"}
-    (tmp_path / "out" / "labels.h5").unlink()
+    stop_at(tmp_path / "out" / "labels.h5", small()["labels"], 5)
     made.clear()
     again = study(tmp_path / "out", on_scan=lambda name, spec: made.append(name))
     assert made == ["labels"]

@@ -136,7 +136,7 @@ def test_errors_of_the_library_are_one_line(replace, capsys, tmp_path):
 
     replace("scan", scan)
     assert main(["scan", "--out", "a\nb.h5"]) == 2
-    assert capsys.readouterr().err == "fasttrain: --out a b.h5: exists; choose another name\n"
+    assert capsys.readouterr().err == "fasttrain: --out a\\nb.h5: exists; choose another name\n"
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,8 @@ def test_every_option_reaches_the_spec(scanned):
     spec, keywords = scanned[0]
     assert spec == ScanSpec(**values)
     assert {*values, "budget"} == {field.name for field in dataclasses.fields(ScanSpec)}
-    assert keywords == {"out": "x.h5", "overwrite": True, "save_weights": False, "curvature": 0, "on_progress": None}
+    flags = {"overwrite": True, "save_weights": False, "curvature": 0, "time_limit": None, "on_progress": None}
+    assert keywords == {"out": "x.h5", **flags}
 
 
 def test_a_budget_is_given_in_one_way(scanned, capsys, tmp_path):
@@ -447,7 +448,10 @@ def test_ctrl_c_says_what_was_kept(replace, capsys):
     assert main(["scan", "--widths", "4,8,16"]) == 130
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == "Interrupted: 37 finished runs of 3 variants are kept in emc.h5 (fasttrain show emc.h5).\n"
+    assert err == (
+        "Interrupted: 37 finished runs of 3 variants are kept in emc.h5 (fasttrain show emc.h5); "
+        "fasttrain resume emc.h5 goes on.\n"
+    )
 
 
 def test_ctrl_c_before_anything_was_written(replace, capsys):

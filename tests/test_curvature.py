@@ -25,8 +25,8 @@ from fasttrain.data import task
 from fasttrain.models import build, draw_weights, input_shape
 from fasttrain.records import Censored, Curvature, Estimate, History, Outcome, Probe, ProbeResult
 from fasttrain.run import numerics, prepare
+from fasttrain.schema import GROUPS
 from fasttrain.spec import SHORT
-from fasttrain.store import GROUPS
 
 EPS = np.finfo(np.float64).eps
 NONE = History(np.array([], np.int64), np.array([]), np.array([]))

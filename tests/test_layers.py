@@ -18,9 +18,10 @@ ROOT = Path(__file__).parent.parent
 
 # Lower ones first. A module imports from its own layer (without circles) and from those below.
 LAYERS = [
-    {"errors", "activations", "kernels", "factories"},
+    {"errors", "activations", "kernels", "factories", "journal"},
     {"spec"},
     {"records"},
+    {"schema"},
     {"sampling", "data", "models", "ensemble", "optim", "stopping"},
     {"plan", "search", "designs", "store", "estimate", "estimators", "machine", "analysis"},
     {"measured"},
@@ -30,7 +31,7 @@ LAYERS = [
     {"heldout", "curvature"},
     {"trainer"},
     {"run"},
-    {"repeat", "claims"},
+    {"repeat", "claims", "merging"},
     {"cli"},
 ]
 FOLDERS = {"kernels": ROOT / "kernels", "cli": ROOT / "cli"}

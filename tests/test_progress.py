@@ -26,6 +26,7 @@ def snapshot(estimates, spec=None, **changes):
         "elapsed": 12.0,
         "seconds_left": 75.0,
         "probes_done": 37,
+        "probes_committed": 35,
         "probes_running": 12,
         "variants_done": sum(e.finished for e in estimates),
         "variants": spec.variants(10),
@@ -69,7 +70,7 @@ def test_live_table_shows_the_numbers():
     assert lines[1].split() == ["1", "1", "100", "662", "[641,", "683]", "41", "done"]
     assert lines[2].split() == ["2", "1", "101", "101", "[80,", "inf)", "8", "running"]
     assert lines[3].split() == ["3", "1", "102", "-", "0", "waiting"]
-    assert lines[4] == "1/3 variants done, 37 runs done, 12 running, about 1 min 15 s left"
+    assert lines[4] == "1/3 variants done, 37 runs done, 35 kept, 12 running, about 1 min 15 s left"
     assert lines[5] == "123 k model-steps/s, 30/32 slots in use, occupancy 94%, 12 s elapsed"
     assert len(lines) == 6
 
@@ -109,7 +110,7 @@ def test_log_reports_each_finished_variant_once_and_progress_every_few_seconds()
     log = Log(io.StringIO())
     assert log.lines(snapshot(THREE)) == [
         "[12 s] width 1, depth 1: EMC50 662 [641, 683], 41 runs",
-        "[12 s] 1/3 variants done, 37 runs done, 12 running, about 1 min 15 s left; "
+        "[12 s] 1/3 variants done, 37 runs done, 35 kept, 12 running, about 1 min 15 s left; "
         "123 k model-steps/s, 30/32 slots in use, occupancy 94%",
     ]
     assert log.lines(snapshot(THREE, elapsed=14.0)) == []

@@ -26,8 +26,8 @@ import fasttrain.trainer
 from fasttrain.cli import main
 from fasttrain.data import task
 from fasttrain.run import _Interrupts
+from fasttrain.schema import TIMING_ATTRIBUTES, TIMING_COLUMNS
 from fasttrain.spec import SHORT
-from fasttrain.store import TIMING_ATTRIBUTES, TIMING_COLUMNS
 
 SMALL = {
     "widths": (3, 6),

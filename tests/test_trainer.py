@@ -3,12 +3,14 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 
 from fasttrain import Outcome, ScanSpec
 from fasttrain.backends.base import Report, Run, Setting
+from fasttrain.errors import UserError
 from fasttrain.plan import bucket
 from fasttrain.records import Probe, ProbeResult, Problem
 from fasttrain.spec import Variant
@@ -381,13 +383,54 @@ def test_what_fails_in_a_worker_reaches_the_caller(monkeypatch: pytest.MonkeyPat
     trainer, _ = slow(2)
 
     def fail(*_: object) -> Report:
-        raise MemoryError("no room")
+        raise ArithmeticError("no luck")
 
     monkeypatch.setattr(SlowBackend, "run", fail)
     trainer.submit(some_probes(3, 3))
-    with pytest.raises(MemoryError, match="no room"):
+    with pytest.raises(ArithmeticError, match="no luck"):
         drive(trainer)
     trainer.close()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("where", ["run", "insert", "init", "select"])
+def test_where_memory_does_not_reach_fewer_train_together_and_the_results_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, where: str
+) -> None:
+    trainer, _ = setup(16)
+    trainer.submit(some_probes(40, 1))
+    wanted = {result.probe: result.steps for result in drive(trainer)}
+    assert trainer.load.retreats == 0
+    original = getattr(FakeBackend, where)
+
+    def short(self: FakeBackend, *args: Any) -> object:
+        first = args[0]
+        count = len(first) if where == "init" else len(first.runs) + (len(args[1]) if where == "insert" else 0)
+        if count > 5:
+            raise error
+        return original(self, *args)
+
+    monkeypatch.setattr(FakeBackend, where, short)
+    trainer, _ = setup(16)
+    trainer.submit(some_probes(40, 1))
+    found = drive(trainer)
+    assert {result.probe: result.steps for result in found} == wanted
+    assert len(found) == len(wanted) == 40
+    assert trainer.load.retreats >= 1
+    assert trainer.slots < 16
+    assert trainer.idle
+
+
+def test_a_model_that_does_not_fit_alone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, _ = setup(16)
+
+    def short(*_: object) -> Report:
+        raise MemoryError
+
+    monkeypatch.setattr(FakeBackend, "run", short)
+    trainer.submit(some_probes(40, 1))
+    with pytest.raises(UserError, match="memory does not reach for one model of width 4"):
+        drive(trainer)
 
 
 def test_close_ends_the_workers_though_probes_are_left() -> None:
