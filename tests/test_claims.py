@@ -173,9 +173,10 @@ def stop_at(path, spec, runs):
         if progress.probes_done >= runs:
             raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fasttrain.run._REPORT_SECONDS", 0.0)
-        fasttrain.scan(spec, out=path, overwrite=True, on_progress=stop)
+        with pytest.raises(KeyboardInterrupt):
+            fasttrain.scan(spec, out=path, overwrite=True, on_progress=stop)
     assert len(fasttrain.load(path).probes) >= runs
 
 
