@@ -252,8 +252,20 @@ def one_at_a_time(curve: Curve, key: int) -> Trial:
     return fixed(curve, key, short=False)
 
 
+_TURNS = (3, 7, 1, 5, 0, 4, 2, 6)
+"""Order in which single probes take the places of a round of eight."""
+
+
 def single_probes() -> None:
-    """From now on all searches of this process ask for one probe at a time."""
+    """From now on all searches of this process ask for one probe at a time, at the places of a round in turn."""
+    placed = search._placed
+
+    def one(at: Problem, post: estimate.Posterior, count: int) -> tuple[Sequence[int], tuple[int, int]]:
+        del count
+        targets, bounds = placed(at, post, len(_TURNS))
+        return [targets[_TURNS[int((post.fits + post.fails).sum()) % len(_TURNS)]]], bounds
+
+    search._placed = one
     search.ROUND_PROBES = 1
     search._round_size = lambda *_: 1
 
