@@ -258,6 +258,8 @@ _TURNS = (3, 7, 1, 5, 0, 4, 2, 6)
 
 def single_probes() -> None:
     """From now on all searches of this process ask for one probe at a time, at the places of a round in turn."""
+    if search.ROUND_PROBES == 1:
+        return
     placed = search._placed
 
     def one(at: Problem, post: estimate.Posterior, count: int) -> tuple[Sequence[int], tuple[int, int]]:
