@@ -170,10 +170,10 @@ FIXED = {
 }
 WELL = tuple(FIXED.values())
 MISFITS = {
-    "two steps, a factor of 2 apart": (Curve(1.0, 25.0, shape="two-step", gap=2.0), 0.3),
-    "two steps, a factor of 4 apart": (Curve(1.0, 25.0, shape="two-step", gap=4.0), 0.45),
+    "two steps, a factor of 2 apart": (Curve(1.0, 25.0, shape="two-step", gap=2.0), 0.25),
+    "two steps, a factor of 4 apart": (Curve(1.0, 25.0, shape="two-step", gap=4.0), 0.37),
     "a dip to 0.2 at EMC50 / 1.4": (Curve(1.0, 25.0, shape="dip", gap=1.4), 0.5),
-    "a dip to 0.2 at half of EMC50": (Curve(1.0, 25.0, shape="dip", gap=2.0), 0.1),
+    "a dip to 0.2 at half of EMC50": (Curve(1.0, 25.0, shape="dip", gap=2.0), 0.07),
 }
 """Curves that are not of the model's form, and the share of searches that flag them."""
 
