@@ -92,7 +92,7 @@ def run(kills: int, seed: int, say: Callable[[str], None] = print) -> Tally:
                 tally.different += 1
             tally.scans += 1
             path.unlink()
-            if tally.scans % 10 == 0:
+            if tally.scans % 5 == 0:
                 say(f"{tally.scans} scans, {dict(tally.faults)}, {tally.lost} lost, {tally.unopened} unopened")
         _damages(folder, tally)
     return tally
@@ -116,7 +116,8 @@ def _one(spec: ScanSpec, path: Path, rng: random.Random, tally: Tally, kills: in
     """A scan with faults, until it is complete."""
     while True:
         enough = tally.faults["kill"] >= kills
-        kind = "none" if enough else rng.choices(["kill", "full disk"], [4, 1])[0]
+        # One part in five goes on to the end of its scan, so that there are many scans.
+        kind = "none" if enough else rng.choices(["kill", "full disk", "none"], [7, 1, 2])[0]
         limit = rng.randrange(20_000, 400_000) if kind == "full disk" else None
         pid, reading = _start(spec, path, limit)
         # Kills are spread over the start, the work and the end of a part of a scan, which takes about a second.
