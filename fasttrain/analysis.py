@@ -130,8 +130,8 @@ def load(path: str | os.PathLike[str]) -> Results:
         UserError: there is no such file, it is not HDF5 or not of fasttrain, it is damaged, a newer fasttrain
             wrote it.
 
-    What a file of an older schema lacks has the value that it had then: the default of its ``schema.Column``; ``budget``
-    and ``steps_budget`` below version 3 follow from ``steps``; and in one of version 1 ``lr_search="all"``.
+    What a file of an older schema lacks has the value that it had then: the default of its ``schema.Column``;
+    ``budget`` and ``steps_budget`` below version 3 follow from ``steps``; and in one of version 1 ``lr_search="all"``.
     """
     path = Path(path)
     # The lock first: a scan that ends in between has written its last rows by the time they are read.

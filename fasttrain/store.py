@@ -4,8 +4,6 @@ import contextlib
 import datetime
 import io
 import os
-import re
-import shutil
 import stat
 import time
 from abc import ABC, abstractmethod
@@ -379,28 +377,20 @@ class HDF5Store(_TableStore):
         # Of one name, since there is one writer: what a kill leaves is replaced by the next snapshot.
         temporary = self.path.with_name(f".{self.path.name[:200]}.next")
         try:
-            if not fresh:
-                shutil.copyfile(self.path, temporary)
-            # What HDF5 1.10 and netCDF-4 read.
-            with h5py.File(
-                temporary, "w" if fresh else "r+", libver=("earliest", "v110"), track_order=True, locking=False
-            ) as file:
-                yield file
-            descriptor = os.open(temporary, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            # In memory: HDF5 on a disk that is full complains of each object that it cannot write, on standard error.
+            with io.BytesIO(b"" if fresh else self.path.read_bytes()) as image:
+                # What HDF5 1.10 and netCDF-4 read.
+                with h5py.File(image, "w" if fresh else "r+", libver=("earliest", "v110"), track_order=True) as file:
+                    yield file
+                with open(temporary, "wb") as written:
+                    written.write(image.getbuffer())
+                    written.flush()
+                    os.fsync(written.fileno())
             if fresh and not self._overwrite:
                 _new_name(temporary, self.path)
             else:
                 os.replace(temporary, self.path)
             sync_folder(self.path)
-        except RuntimeError as error:  # HDF5 says so where it cannot write
-            said = re.search(r"errno = (\d+)", str(error))
-            if said is None:
-                raise
-            raise OSError(int(said[1]), os.strerror(int(said[1]))) from error
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
