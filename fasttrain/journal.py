@@ -7,6 +7,7 @@ stay one.
 """
 
 import base64
+import contextlib
 import errno
 import fcntl
 import json
@@ -138,17 +139,13 @@ def being_written(path: str | os.PathLike[str]) -> bool:
 
 
 def sync_folder(path: Path) -> None:
-    """Makes a new name in the folder of a path last, where the file system knows of that."""
-    try:
+    """Makes a new name in the folder of a path last, where the file system knows of that: some on networks do not."""
+    with contextlib.suppress(OSError):
         descriptor = os.open(path.parent, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # some network file systems do not sync folders
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _line(number: int, operations: Sequence[Operation]) -> bytes:
