@@ -397,9 +397,12 @@ class _Group:
 
     def record(self, result: ProbeResult) -> None:
         self._told.record(result)
+        for search in (self._searches[result.probe.variant], self._final, self._short):
+            if search is not None and search.problem.index == result.probe.variant:
+                search.hear(result.probe)
 
     def advance(self) -> None:
-        while (running := self._running()) and not any(search.missing() for search in running.values()):
+        while (running := self._running()) and not any(search.awaited for search in running.values()):
             for search in running.values():
                 search.close()
             if self._final is None:
@@ -524,17 +527,19 @@ class _VariantSearch:
             self.problem, self._rounds, self._limits, self._first_seed
         )
         self._asked = False
+        self.awaited = {(probe.n, probe.seed): probe for probe in self.open if probe not in self._told}
 
     def close(self) -> None:
         self._rounds.append({probe: self._told[probe].fitted for probe in self.open})
         self._open_round()
 
+    def hear(self, probe: Probe) -> None:
+        """A verdict has come. One at a time: a round of a grid may have very many probes."""
+        self.awaited.pop((probe.n, probe.seed), None)
+
     def take(self) -> list[Probe]:
         asked, self._asked = self._asked, True
-        return [] if asked else self.missing()
-
-    def missing(self) -> list[Probe]:
-        return [probe for probe in self.open if probe not in self._told]
+        return [] if asked else list(self.awaited.values())
 
     def early(self) -> dict[int, list[bool]]:
         """Whether each probe fitted within a third of the budget, by n."""
@@ -547,9 +552,9 @@ class _VariantSearch:
         if not self.open:
             return 0
         if not self._adaptive:  # no interval ends it
-            return len(self.missing())
+            return len(self.awaited)
         own = sum(map(len, self._rounds))
         share = _width_share(self.estimate, self._limits)
         more = self.estimate.n_probes * (share**2 - 1.0) if math.isfinite(share) else float(2 * ROUND_PROBES)
         more = max(more, least(self._limits, self._first_seed == SHORT) - own)
-        return max(len(self.missing()), math.ceil(min(more, self._limits.max_probes - own)))
+        return max(len(self.awaited), math.ceil(min(more, self._limits.max_probes - own)))
