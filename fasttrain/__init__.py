@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from fasttrain.errors import UserError
     from fasttrain.estimators import estimates
     from fasttrain.merging import merge
+    from fasttrain.prepare import Preview, preview
     from fasttrain.records import Curvature, Outcome, Terminated
     from fasttrain.repeat import Rerun, rerun
-    from fasttrain.run import Preview, Progress, preview, resume, scan
+    from fasttrain.run import Progress, resume, scan
     from fasttrain.scaling import Scaling, fit_scaling
     from fasttrain.spec import ScanSpec, Variant
 
@@ -32,7 +33,7 @@ _EXPORTS = {
     "Comparison": "fasttrain.comparison",
     "Curvature": "fasttrain.records",
     "Outcome": "fasttrain.records",
-    "Preview": "fasttrain.run",
+    "Preview": "fasttrain.prepare",
     "Progress": "fasttrain.run",
     "Rerun": "fasttrain.repeat",
     "Results": "fasttrain.analysis",
@@ -47,7 +48,7 @@ _EXPORTS = {
     "fit_scaling": "fasttrain.scaling",
     "load": "fasttrain.analysis",
     "merge": "fasttrain.merging",
-    "preview": "fasttrain.run",
+    "preview": "fasttrain.prepare",
     "rerun": "fasttrain.repeat",
     "resume": "fasttrain.run",
     "scan": "fasttrain.run",

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from fasttrain.analysis import Results, load
 from fasttrain.errors import UserError
+from fasttrain.prepare import check_same, make_search, prepare, same_value, stored_results
 from fasttrain.records import History, Probe, ProbeResult
-from fasttrain.run import check_same, make_search, prepare, same_value, stored_results
 from fasttrain.schema import TIMING_ATTRIBUTES
 from fasttrain.store import RESERVED, HDF5Store, check_output
 

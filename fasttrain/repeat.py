@@ -11,8 +11,8 @@ from fasttrain.analysis import Results, load
 from fasttrain.curvature import check
 from fasttrain.data import provenance
 from fasttrain.errors import UserError
+from fasttrain.prepare import numerics, own_sources, prepare, same_value
 from fasttrain.records import Curvature, Probe, ProbeResult
-from fasttrain.run import numerics, own_sources, prepare, same_value
 from fasttrain.sampling import generator_digest
 
 _COMPARED = ("outcome", "steps", "fit_step", "train_loss", "train_error", "test_accuracy")

@@ -1,52 +1,45 @@
-"""The loop that joins search, trainer and store, and what comes before it: the preparation of a scan."""
+"""The loop that joins search, trainer and store."""
 
-import contextlib
 import dataclasses
 import itertools
 import math
 import os
-import signal
-import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from fasttrain import factories, models
+from fasttrain import models
 from fasttrain.analysis import Results, load
-from fasttrain.backends import choose, configuration_text, make_backend, together
-from fasttrain.backends.apart import ApartBackend, Processes
-from fasttrain.backends.base import Run, Setting
+from fasttrain.backends.apart import Processes
 from fasttrain.curvature import check as check_curvature
 from fasttrain.curvature import choose as choose_measured
-from fasttrain.curvature import measure
-from fasttrain.data import check, provenance
-from fasttrain.designs import design_of, n_range, probes_of
 from fasttrain.errors import UserError
 from fasttrain.heldout import Keeper
-from fasttrain.machine import available_bytes, conditions, cores, resolve_device
-from fasttrain.models.matching import matched
-from fasttrain.plan import Plan, Trained, default_n_max, make_plan, most_steps
-from fasttrain.records import Curvature, Estimate, History, Outcome, Probe, ProbeResult, Problem, Terminated
+from fasttrain.prepare import (
+    Prepared,
+    check_same,
+    make_search,
+    numerics,
+    prepare,
+    same_value,
+    stated_conditions,
+    stored_results,
+)
+from fasttrain.records import Estimate, Probe, ProbeResult
 from fasttrain.schema import SCHEMA_VERSION
-from fasttrain.search import Search, raced
-from fasttrain.spec import ARCHITECTURES, ScanSpec, Variant, budget_steps, budget_text, early_tells
-from fasttrain.stopping import StopRules
+from fasttrain.search import Search
+from fasttrain.signals import Interrupts
+from fasttrain.spec import ScanSpec, Variant
 from fasttrain.store import HDF5Store, MemoryStore, check_output
 from fasttrain.trainer import Trainer
 
 _REPORT_SECONDS = 0.25
 _COMMIT_SECONDS = 1.0
 _RATE_WINDOW_SECONDS = 5.0
-# A probe of the default scan takes about this share of its budget.
-_LIKELY_SHARE = 0.6
-_APART_STEPS = 20_000  # likely model-steps from which on processes of their own are worth their start of some seconds
 _LOOKED_AT = 16  # runs whose parameters are held until their curvature is measured, of each shape under way
 
 
@@ -94,107 +87,6 @@ class Progress:
     probes_committed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Preview:
-    """What a scan would do.
-
-    Attributes:
-        variants: index, settings, parameters and range of n of each variant.
-        memory_bytes: estimated peak of all slots and the data, in bytes.
-        model_bytes: the part of it that one slot may take.
-        data_bytes: the part of it that all slots share.
-        model_steps_most: optimizer steps if every probe were made and took its whole budget, the largest that it has at
-            any n.
-        seconds_most: time for those, at the speed measured now.
-        seconds_likely: time for as many as scans usually take.
-        slots: probes that would train at once.
-        device: resolved.
-        backend: resolved.
-        precision: resolved.
-        unmatched: variants that ``match_params`` leaves out, and why, a line each.
-    """
-
-    variants: tuple[Problem, ...]
-    memory_bytes: int
-    model_bytes: int
-    data_bytes: int
-    model_steps_most: int
-    seconds_most: float
-    seconds_likely: float
-    slots: int
-    device: str
-    backend: str
-    precision: str
-    unmatched: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A scan that can begin."""
-
-    setting: Setting
-    problems: list[Problem]
-    plan: Plan
-    backends: tuple[str, ...]  # of every variant
-    workers: int
-    apart: frozenset[Variant]  # that train in processes of their own
-    unmatched: tuple[str, ...]  # variants that match_params left out, and why
-
-    @property
-    def slots(self) -> int:
-        """Probes that train at once."""
-        return self.plan.slots
-
-    def chosen(self, variant: Variant) -> str:
-        """The backend that trains a variant."""
-        return choose(self.setting.spec.backend, self.setting, variant)
-
-    def make_backend(self, setting: Setting, variant: Variant) -> Any:
-        """The backend of a variant's bucket."""
-        return make_backend(self.chosen(variant), setting, variant)
-
-    def maker(self, processes: Processes | None) -> Callable[[Setting, Variant], Any]:
-        """What makes the backend of a bucket for a whole scan, with some buckets in processes of their own."""
-        apart = {self.bucket(variant) for variant in self.apart} if processes is not None else frozenset()
-
-        def made(setting: Setting, variant: Variant) -> Any:
-            if processes is not None and variant in apart:
-                return ApartBackend(self.chosen(variant), setting, variant, processes)
-            return self.make_backend(setting, variant)
-
-        return made
-
-    def bucket(self, variant: Variant) -> Variant:
-        """The key of a variant's bucket."""
-        return together(self.chosen(variant), variant)
-
-    def again(self, probes: Sequence[Probe]) -> Iterator[list[ProbeResult]]:
-        """Trains probes and gives, a turn at a time, those that have ended, with their parameters, fitted or not."""
-        trainer = Trainer(
-            self.setting,
-            self.problems,
-            self.make_backend,
-            self.slots,
-            workers=self.workers,
-            bucket=self.bucket,
-            keeper=Keeper(self.setting, save_weights=True, save_failed=True),
-        )
-        trainer.submit(probes)
-        try:
-            while not trainer.idle:
-                yield trainer.advance()
-        finally:
-            trainer.close()
-
-    def measured(self, results: Sequence[ProbeResult], between: Callable[[], None] = lambda: None) -> list[Curvature]:
-        """The curvature of runs of one shape; see ``curvature.measure``."""
-        variants = [self.problems[result.probe.variant].variant for result in results]
-        # What vmap cannot batch is trained by loop.
-        built_in = all(variant.arch in ARCHITECTURES for variant in variants)
-        batched = built_in or all(self.chosen(variant) != "loop" for variant in variants)
-        return measure(self.setting, variants, results, batched=batched, between=between)
-
-
 def scan(
     spec: ScanSpec,
     *,
@@ -236,7 +128,7 @@ def scan(
     if curvature:
         check_curvature(prepared.setting, [problem.variant for problem in prepared.problems])
     store = MemoryStore() if out is None else HDF5Store(out, overwrite)
-    stated = _conditions(prepared) | {"save_weights": int(save_weights), "curvature_runs": curvature}
+    stated = stated_conditions(prepared) | {"save_weights": int(save_weights), "curvature_runs": curvature}
     for line in prepared.unmatched:
         warnings.warn(f"left out: {line}", stacklevel=2)
     if not stated["bitwise_independent"]:
@@ -245,7 +137,7 @@ def scan(
             "what trains beside them (recorded in the file; docs/decisions/0002-bitwise-on-cpu.md)",
             stacklevel=2,
         )
-    with numerics(prepared), _Interrupts() as interrupts:
+    with numerics(prepared), Interrupts() as interrupts:
         with interrupts.deferred():
             store.begin(spec, prepared.problems, {**stated, "slots": prepared.slots})
         _Scan(spec, prepared, store, interrupts, on_progress, save_weights, curvature, time_limit).run()
@@ -290,7 +182,7 @@ def resume(
     spec = before.spec
     prepared = prepare(spec)
     check_same(prepared, before)
-    with numerics(prepared), _Interrupts() as interrupts:
+    with numerics(prepared), Interrupts() as interrupts:
         with interrupts.deferred():
             store = HDF5Store.reopened(path)
             store.continue_with(spec, prepared.problems)
@@ -315,58 +207,6 @@ def _check_time_limit(time_limit: float | None) -> None:
         raise UserError("time_limit", time_limit, "expected a time above 0")
 
 
-def _conditions(prepared: Prepared) -> dict[str, str | int | float]:
-    """What a scan runs under, beside its spec."""
-    spec = prepared.setting.spec
-    with numerics(prepared):
-        stated = conditions(prepared.setting.device, prepared.backends, precision_name(spec), prepared.workers)
-    variants = [problem.variant for problem in prepared.problems]
-    configured = map(configuration_text, prepared.backends, [prepared.setting] * len(variants), variants)
-    stated |= provenance(spec)
-    stated["variant_configurations"] = ";".join(configured)
-    stated["arch_source"] = own_sources(spec)
-    stated["unmatched"] = "; ".join(prepared.unmatched)
-    return stated
-
-
-_SAME = {
-    "generator": "random numbers",
-    "generator_digest": "random numbers",
-    "data_sha256": "data",
-    "arch_source": "model sources",
-    "device": "device",
-    "variant_backends": "backends",
-    "variant_configurations": "launch configurations",
-    "precision": "precision",
-}
-"""Conditions that must be as they were for a scan to go on, and what they are called."""
-_ALIKE = ("device_name", "platform", "torch_version", "numpy_version", "triton_version")
-"""Conditions that should be: with others the last bits may differ."""
-
-
-def check_same(prepared: Prepared, before: Results) -> None:
-    """Whether this installation goes on as the scan began.
-
-    Raises:
-        UserError: it would not.
-    """
-    now = _conditions(prepared)
-    for name, called in _SAME.items():
-        if now.get(name) != before.attrs.get(name):
-            raise UserError(
-                "file",
-                before.path,
-                f"was made with other {called}: {name} was {before.attrs.get(name)} and is {now.get(name)} here",
-            )
-    held = [(int(row["params"]), int(row["n_min"]), int(row["n_max"])) for row in before.curves.to_dict("records")]
-    if held != [(problem.params, problem.n_min, problem.n_max) for problem in prepared.problems]:
-        raise UserError("file", before.path, "has other variants than its spec gives here")
-    different = [name for name in _ALIKE if now.get(name) != before.attrs.get(name)]
-    if different:
-        told = ", ".join(f"{name} was {before.attrs.get(name)}" for name in different)
-        warnings.warn(f"the last bits of new runs may differ from those of an unbroken scan: {told}", stacklevel=3)
-
-
 def _differing(spec: ScanSpec, held: ScanSpec) -> str:
     """The fields in which two specs differ, as ``name=value (file: value)``."""
     return ", ".join(
@@ -376,251 +216,6 @@ def _differing(spec: ScanSpec, held: ScanSpec) -> str:
     )
 
 
-def stored_results(results: Results) -> list[ProbeResult]:
-    """The runs of a file, in the order of their rows; without their training curves and weights, which stay there."""
-    nothing = History(np.empty(0, np.int64), np.empty(0), np.empty(0))
-    return [
-        ProbeResult(
-            probe=Probe(int(row["variant"]), int(row["n"]), int(row["seed"]), int(row["round"])),
-            outcome=Outcome(row["outcome"]),
-            steps=int(row["steps"]),
-            fit_step=int(row["fit_step"]),
-            train_loss=float(row["train_loss"]),
-            train_error=float(row["train_error"]),
-            history=nothing,
-            started=float(row["started"]),
-            finished=float(row["finished"]),
-            train_seconds=float(row["train_seconds"]),
-            test_accuracy=float(row["test_accuracy"]),
-        )
-        for row in results.probes.to_dict("records")
-    ]
-
-
-def preview(spec: ScanSpec) -> Preview:
-    """What ``scan`` would do with a spec, with a cost measured on a few steps of every shape. Writes nothing.
-
-    Raises:
-        UserError: as ``scan``.
-    """
-    prepared = prepare(spec)
-    with numerics(prepared):
-        step = {problem: _step_seconds(prepared, problem) for problem in prepared.problems}
-    races = [group for group in raced(prepared.problems) if len(group) > 1 and spec.races]
-    # The winner of a race is searched once more.
-    searched = [*prepared.problems, *(max(group, key=step.__getitem__) for group in races)]
-    raced_ones = {problem.index for group in races for problem in group}
-    # Short runs are of a winner, or of a variant that does not race.
-    work = [
-        _work(spec, problem, spec.shortens and (k >= len(prepared.problems) or problem.index not in raced_ones))
-        for k, problem in enumerate(searched)
-    ]
-    likely, most = (
-        sum(step[problem] * steps[i] for problem, steps in zip(searched, work, strict=True)) for i in (0, 1)
-    )
-    return Preview(
-        variants=tuple(prepared.problems),
-        memory_bytes=prepared.plan.memory_bytes,
-        model_bytes=prepared.plan.model_bytes,
-        data_bytes=prepared.plan.data_bytes,
-        model_steps_most=sum(steps for _, steps in work),
-        seconds_most=most,
-        seconds_likely=likely * _LIKELY_SHARE,
-        slots=prepared.slots,
-        device=str(prepared.setting.device),
-        backend=",".join(sorted(set(prepared.backends))),
-        precision=precision_name(spec),
-        unmatched=prepared.unmatched,
-    )
-
-
-def prepare(spec: ScanSpec) -> Prepared:
-    """Everything that a scan needs and that can go wrong before it begins.
-
-    Raises:
-        UserError: the spec asks for what is not there or does not fit.
-    """
-    info = check(spec)
-    device = resolve_device(spec.device)
-    dtype = torch.float64 if spec.precision == "float64" else torch.float32
-    variants = list(spec.variants(info.classes))
-    unmatched: list[str] = []
-    for variant in variants:
-        models.check_images(variant, info.shape)
-    if spec.match_params:
-        variants, unmatched = matched(variants, info.shape, spec.heads)
-    for variant in variants:
-        models.check(variant, info.shape)
-    setting = Setting(spec, info.features, device, dtype, info.shape)
-    problems, backends = [], []
-    for index, variant in enumerate(variants):
-        backends.append(choose(spec.backend, setting, variant))
-        params = models.parameter_count(variant, info.shape)
-        n_min, n_max = n_range(spec, params, default_n_max(params, info, variant.labels, variant.inputs))
-        elements = 0 if models.is_perceptron(variant) else models.sample_elements(variant, info.shape)
-        problems.append(Problem(index, variant, params, n_min, n_max, elements))
-        most = most_steps(problems[-1], spec)
-        if variant.warmup >= most and variant.warmup > 0:
-            what = f"expected less than the {most} steps that a run may take with {budget_text(spec)}"
-            raise UserError("warmup", variant.warmup, what)
-    tried = {models.shaping(v): (v, backend) for v, backend in zip(variants, backends, strict=True)}
-    for variant, backend in tried.values():
-        models.try_out(variant, info.shape, batched=backend != "loop", dtype=dtype)
-    costly = [
-        problem
-        for problem, backend in zip(problems, backends, strict=True)
-        if backend == "vmap" and device.type == "cpu" and not models.is_perceptron(problem.variant)
-    ]
-    workers = cores() if costly or "native" in backends else 1
-    # A module of the user's own may not be found in another process.
-    movable = [problem for problem in costly if problem.variant.arch in ARCHITECTURES]
-    work = sum(_work(spec, problem, spec.shortens)[0] for problem in movable) * _LIKELY_SHARE
-    apart = frozenset(problem.variant for problem in movable) if workers > 1 and work >= _APART_STEPS else frozenset()
-    plan = make_plan(
-        [Trained(p, backend, together(backend, p.variant)) for p, backend in zip(problems, backends, strict=True)],
-        spec,
-        info,
-        device=device.type,
-        item=dtype.itemsize,
-        available=available_bytes(device),
-        workers=workers if set(backends) == {"native"} else None,
-        copies=1 + workers if apart else 1,
-    )
-    return Prepared(setting, problems, plan, tuple(backends), workers, apart, tuple(unmatched))
-
-
-def make_search(spec: ScanSpec, problems: Sequence[Problem]) -> Search:
-    """The search of a spec, at its beginning."""
-
-    def run_steps(problem: Problem, n: int, short: bool) -> int:
-        return budget_steps(spec, problem.variant, n, short)
-
-    return Search(
-        problems,
-        seeds=spec.seeds,
-        interval=spec.interval,
-        tolerance=spec.tolerance,
-        max_probes=spec.max_probes,
-        races=spec.races,
-        run_steps=run_steps if spec.shortens else None,
-        early_tells=early_tells(spec.check_every, 0 if spec.budget else spec.steps),
-        design=design_of(spec),
-    )
-
-
-def own_sources(spec: ScanSpec) -> str:
-    """The user's own models in a spec with the hash of their sources: ``module:name=SHA-256``, parted by semicolons."""
-    own = [arch for arch in spec.arch if arch not in ARCHITECTURES]
-    return ";".join(f"{arch}={factories.source_digest(arch)}" for arch in own)
-
-
-def precision_name(spec: ScanSpec) -> str:
-    """The precision of a spec, ``auto`` resolved."""
-    return "float32" if spec.precision == "auto" else spec.precision
-
-
-@contextlib.contextmanager
-def numerics(prepared: Prepared) -> Iterator[None]:
-    """Full float32 products (no TF32, no bfloat16), and on a CPU one thread inside of torch; restored afterwards.
-
-    One, because threads cost more than they give at these sizes: the default scan made 1.1 to 2.2 thousand model-steps
-    a second with two passive threads and 3 to 6 thousand with one, and two spinning threads stall on a busy machine
-    (docs/TRAPS.md).
-    """
-    threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn
-    convolutions = cudnn.allow_tf32, cudnn.deterministic
-    torch.set_float32_matmul_precision("highest")
-    cudnn.allow_tf32, cudnn.deterministic = False, True
-    if prepared.setting.device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(products)
-        cudnn.allow_tf32, cudnn.deterministic = convolutions
-
-
-def _work(spec: ScanSpec, problem: Problem, short: bool) -> tuple[int, int]:
-    """Optimizer steps of a search of a variant: where each run takes its whole budget, likely and at most."""
-    likely, most = probes_of(spec, problem)
-    variant, n = problem.variant, _likely_n(problem)
-    shorter = budget_steps(spec, variant, n, short=True) if short else 0
-    longest = most_steps(problem, spec)
-    return (
-        likely * (budget_steps(spec, variant, n) + shorter),
-        most * (longest + (round(longest / 3) if short else 0)),
-    )
-
-
-def _likely_n(problem: Problem) -> int:
-    """An n at which a scan may well have probes."""
-    return min(problem.n_max, max(problem.n_min, problem.params // 2))
-
-
-def _step_seconds(prepared: Prepared, problem: Problem) -> float:
-    """Seconds of one model-step of a variant, measured on as many models as a round has."""
-    n = _likely_n(problem)
-    rules = StopRules.of(prepared.setting.spec, problem.variant, n)
-    steps = max(1, min(20, (rules.check_every - 1) // 2))
-    # The same checks, but no end of the budget while the clock runs.
-    budget = max(rules.steps, 100 * steps, problem.variant.warmup + 1)
-    timed = dataclasses.replace(prepared.setting.spec, budget=None, steps=budget, check_every=rules.check_every)
-    setting = dataclasses.replace(prepared.setting, spec=timed)
-    backend = prepared.make_backend(setting, prepared.bucket(problem.variant))
-    models = min(8, prepared.slots)
-    state = backend.init([Run.of(setting, problem, Probe(problem.index, n, k)) for k in range(models)])
-    backend.run(state, steps)  # as many as are timed: a graph is recorded for a number of steps
-    begin = time.perf_counter()
-    report = backend.run(state, state.clock + steps)
-    used = prepared.workers if backend.most_together else 1
-    return (time.perf_counter() - begin) / max(1, report.model_steps) / used
-
-
-@dataclass(slots=True)
-class _Interrupts:
-    """Ctrl-C and SIGTERM as exceptions, but not in the middle of writing: there they wait until the write is done.
-
-    It is remembered too: an exception that a signal raises inside a finaliser or a weak reference's callback, of
-    which recording a graph makes many, is printed and lost.
-    """
-
-    _writing: bool = False
-    _pending: type[BaseException] | None = None
-    _previous: dict[int, Any] = field(default_factory=dict)
-
-    def __enter__(self) -> "_Interrupts":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
-
-    def _on_signal(self, number: int, _: object) -> None:
-        self._pending = Terminated if number == signal.SIGTERM else KeyboardInterrupt
-        if not self._writing:
-            raise self._pending
-
-    def check(self) -> None:
-        """Raises what came and was held back or lost."""
-        if self._pending is not None:
-            raise self._pending
-
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Holds Ctrl-C back until the block is left."""
-        self._writing = True
-        try:
-            yield
-        finally:
-            self._writing = False
-        self.check()
-
-
 @dataclass(slots=True)
 class _Scan:
     """One scan under way."""
@@ -628,7 +223,7 @@ class _Scan:
     spec: ScanSpec
     prepared: Prepared
     store: MemoryStore | HDF5Store
-    interrupts: _Interrupts
+    interrupts: Interrupts
     on_progress: Callable[[Progress], None] | None
     save_weights: bool
     curvature: int
@@ -843,8 +438,3 @@ def _same_end(again: ProbeResult, before: ProbeResult) -> bool:
     """Whether a run made again ended as it did before."""
     names = ("outcome", "steps", "train_loss", "train_error")
     return all(same_value(getattr(again, name), getattr(before, name)) for name in names)
-
-
-def same_value(new: object, old: object) -> bool:
-    """Whether two values are equal, or both NaN."""
-    return new == old or (new != new and old != old)

@@ -12,7 +12,7 @@ import torch
 
 import fasttrain
 from fasttrain import ScanSpec
-from fasttrain import run as module
+from fasttrain import prepare as module
 from fasttrain.backends.apart import ApartBackend, Processes
 from fasttrain.backends.base import Run, Setting
 from fasttrain.records import Probe, Problem

@@ -142,7 +142,7 @@ def test_the_designs_are_what_the_claims_say():
     assert specs["equal-samples"].budget == f"{64 * specs['equal-steps'].steps}samples"
     counts = []
     for name in ("mlp", "cnn", "vit"):
-        prepared = fasttrain.run.prepare(specs[name])
+        prepared = fasttrain.prepare.prepare(specs[name])
         counts.append([problem.params for problem in prepared.problems])
     ratios = np.array(counts) / counts[2]
     assert (abs(np.log(ratios)) < math.log(1.05)).all()

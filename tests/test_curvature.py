@@ -15,7 +15,7 @@ from scipy.linalg import eigh_tridiagonal
 from torch.func import functional_call, grad, jacrev
 
 import fasttrain
-import fasttrain.run
+import fasttrain.prepare
 from fasttrain import ScanSpec, UserError, curvature
 from fasttrain.backends.base import Setting
 from fasttrain.cli import main
@@ -23,8 +23,8 @@ from fasttrain.cli.progress import summary
 from fasttrain.curvature import TOLERANCE, choose, loss_slope, measure, spectrum_ends
 from fasttrain.data import task
 from fasttrain.models import build, draw_weights, input_shape
+from fasttrain.prepare import numerics, prepare
 from fasttrain.records import Censored, Curvature, Estimate, History, Outcome, Probe, ProbeResult
-from fasttrain.run import numerics, prepare
 from fasttrain.schema import GROUPS
 from fasttrain.spec import SHORT
 
@@ -410,7 +410,7 @@ def test_ctrl_c_keeps_what_was_measured(monkeypatch, tmp_path):
             raise KeyboardInterrupt
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(fasttrain.run, "measure", second_interrupts)
+    monkeypatch.setattr(fasttrain.prepare, "measure", second_interrupts)
     with pytest.raises(KeyboardInterrupt):
         fasttrain.scan(ScanSpec(**SMALL), out=tmp_path / "emc.h5", curvature=2)
     results = fasttrain.load(tmp_path / "emc.h5")
@@ -422,13 +422,13 @@ def test_ctrl_c_keeps_what_was_measured(monkeypatch, tmp_path):
 
 
 def test_a_run_that_ends_otherwise_is_left_out(monkeypatch):
-    again = fasttrain.run.Prepared.again
+    again = fasttrain.prepare.Prepared.again
 
     def other(self, probes):
         for results in again(self, probes):
             yield [dataclasses.replace(r, train_loss=r.train_loss * (1 + (r.probe == probes[1]))) for r in results]
 
-    monkeypatch.setattr(fasttrain.run.Prepared, "again", other)
+    monkeypatch.setattr(fasttrain.prepare.Prepared, "again", other)
     with pytest.warns(UserWarning, match="1 of 4 runs ended otherwise"):
         results = fasttrain.scan(ScanSpec(**SMALL), curvature=2)
     assert len(results.curvature) == 3

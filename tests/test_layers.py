@@ -30,6 +30,7 @@ LAYERS = [
     {"backends"},
     {"heldout", "curvature"},
     {"trainer"},
+    {"prepare", "signals"},
     {"run"},
     {"repeat", "claims", "merging"},
     {"cli"},
@@ -144,7 +145,7 @@ def test_the_command_line_uses_the_public_surface() -> None:
 
 def test_only_these_name_torch() -> None:
     users = {part for part, names in IMPORTS.items() if {name.split(".")[0] for name in names} & {"torch"}}
-    assert users == {"models", "optim", "ensemble", "machine", "kernels", "backends", "heldout", "curvature", "run"}
+    assert users == {"models", "optim", "ensemble", "machine", "kernels", "backends", "heldout", "curvature", "prepare"}
 
 
 def loaded_by(*modules: str) -> set[str]:

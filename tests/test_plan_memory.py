@@ -14,8 +14,8 @@ from fasttrain.data import check, describe, prepare
 from fasttrain.kernels import native
 from fasttrain.models import parameter_count
 from fasttrain.plan import probe_bytes
+from fasttrain.prepare import prepare as prepared
 from fasttrain.records import Problem
-from fasttrain.run import prepare as prepared
 from fasttrain.trainer import Trainer
 
 SAMPLES, FEATURES, TESTED = 4000, 400, 4000

@@ -25,8 +25,8 @@ import fasttrain.plan
 import fasttrain.trainer
 from fasttrain.cli import main
 from fasttrain.data import task
-from fasttrain.run import _Interrupts
 from fasttrain.schema import TIMING_ATTRIBUTES, TIMING_COLUMNS
+from fasttrain.signals import Interrupts
 from fasttrain.spec import SHORT
 
 SMALL = {
@@ -89,6 +89,7 @@ def test_the_number_of_slots_changes_no_result(monkeypatch):
     whole = fasttrain.scan(spec)
     monkeypatch.setitem(fasttrain.plan._MOST_SLOTS, "cpu", 3)
     monkeypatch.setattr(fasttrain.plan, "_SLOTS_OF_WORKER", 1)
+    monkeypatch.setattr("fasttrain.prepare.cores", lambda: 2)
     few = fasttrain.scan(spec)
     key = ["variant", "n", "seed"]
     timeless = [c for c in whole.probes.columns if c not in (*TIMING_COLUMNS, "probe", "history_start")]
@@ -311,7 +312,7 @@ def test_bad_input_writes_nothing(tmp_path):
 
 
 def test_interrupt_waits_for_a_write_and_then_comes():
-    with _Interrupts() as interrupts:
+    with Interrupts() as interrupts:
         reached = False
         with pytest.raises(KeyboardInterrupt), interrupts.deferred():  # noqa: PT012
             signal.raise_signal(signal.SIGINT)

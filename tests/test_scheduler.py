@@ -10,8 +10,8 @@ from test_trainer import FakeBackend, Log
 
 from fasttrain import ScanSpec
 from fasttrain.backends.base import Report, Setting
+from fasttrain.prepare import make_search
 from fasttrain.records import ProbeResult, Problem, Race
-from fasttrain.run import make_search
 from fasttrain.trainer import Trainer
 
 SPEC = ScanSpec(widths=(4, 8), steps=200, check_every=10, data="gaussian:2", lr=(0.01, 0.1), max_probes=30, seeds=4)
