@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -12,7 +12,7 @@ from scipy import stats
 from fasttrain import estimate, search
 from fasttrain.machine import cores
 from fasttrain.records import Estimate, History, Outcome, Probe, ProbeResult, Problem
-from fasttrain.search import Search
+from fasttrain.search import Limits, Search, Stage
 from fasttrain.spec import ScanSpec
 
 STEPS = 9_000
@@ -100,6 +100,7 @@ def play(
     tolerance: float = _DEFAULT.tolerance,
     max_probes: int = _DEFAULT.max_probes,
     interval: float = _DEFAULT.interval,
+    began: float | None = None,
 ) -> Trial:
     """One search to its end, on verdicts of a curve.
 
@@ -111,10 +112,12 @@ def play(
         tolerance: as of ``ScanSpec``.
         max_probes: as of ``ScanSpec``.
         interval: as of ``ScanSpec``.
+        began: the tolerance that the scan had before it was extended.
     """
     at = at or problem()
-    limits = {"seeds": _DEFAULT.seeds, "interval": interval, "tolerance": tolerance, "max_probes": max_probes}
-    one = Search([at], **limits, run_steps=_run_steps if short else None)
+    limits = Limits(seeds=_DEFAULT.seeds, interval=interval, tolerance=tolerance, max_probes=max_probes)
+    earlier = [] if began is None else [Stage({at.index: at}, replace(limits, tolerance=began))]
+    one = Search([at], **asdict(limits), run_steps=_run_steps if short else None, earlier=earlier)
     verdicts: dict[int, list[bool]] = {}
     samples, rounds = 0.0, 0
     while not one.done:
@@ -278,7 +281,8 @@ def misfits(curve: Curve, runs: int) -> float:
 
 
 def run(runs: int) -> tuple[list[dict[str, object]], dict[str, object]]:
-    """Coverage at fixed curves, simulation-based calibration, misfits, and rounds against one probe at a time.
+    """Coverage at fixed curves, simulation-based calibration, misfits, rounds against one probe at a time, and scans
+    that began with twice the tolerance and were extended.
 
     Args:
         runs: searches of every curve.
@@ -297,6 +301,11 @@ def run(runs: int) -> tuple[list[dict[str, object]], dict[str, object]]:
     fewer = max(runs // 10, 2)
     facts["one_at_a_time"] = {
         name: _rounded(summary(many(partial(one_at_a_time, FIXED[name]), fewer))) for name in ("middling", "sharp")
+    }
+    print(facts, flush=True)
+    facts["extended"] = {
+        name: _rounded(summary(many(partial(fixed, curve, began=2 * _DEFAULT.tolerance), runs)))
+        for name, curve in FIXED.items()
     }
     print(facts, flush=True)
     return rows, facts

@@ -11,7 +11,7 @@ import click
 import fasttrain
 from fasttrain.cli.analyses import compare_command, fit_command
 from fasttrain.cli.datasets import data_commands
-from fasttrain.cli.options import EXAMPLES, GroupedCommand, given_fields, spec_options
+from fasttrain.cli.options import EXAMPLES, GroupedCommand, extension_options, given_fields, spec_options
 from fasttrain.cli.studies import study_commands
 from fasttrain.cli.tables import plain
 
@@ -30,6 +30,11 @@ _RESUME_EXAMPLES = """\b
 Examples:
   fasttrain resume emc.h5
   fasttrain resume emc.h5 --time-limit 11.5h
+"""
+_EXTEND_EXAMPLES = """\b
+Examples:
+  fasttrain extend emc.h5 --widths 4,8,16,24,32
+  fasttrain extend emc.h5 --tolerance 0.05 --max-probes 400 --out narrow.h5
 """
 FOLLOW_SECONDS = 1.0
 """Between two looks of ``show --follow``."""
@@ -162,6 +167,41 @@ def _resume(file: str, spec_file: str | None, time_limit: str | None, quiet: boo
         file,
         quiet,
         lambda on_progress: fasttrain.resume(file, spec=spec, time_limit=seconds, on_progress=on_progress),
+    )
+
+
+@_commands.command("extend", cls=GroupedCommand, epilog=_EXTEND_EXAMPLES)
+@click.argument("file")
+@extension_options
+@click.option("--out", metavar="FILE", help="Write another file; by default FILE itself is replaced.")
+@click.option("--overwrite", is_flag=True, help="Replace the other file if it exists.")
+@click.option("--time-limit", metavar="TIME", help="Stop cleanly after so long: 3600s, 90m, 11.5h, 2d.")
+@click.option("--quiet", is_flag=True, help="Print the final table and errors only, no progress.")
+@click.pass_context
+def _extend(
+    context: click.Context,
+    file: str,
+    out: str | None,
+    overwrite: bool,
+    time_limit: str | None,
+    quiet: bool,
+    **_: Any,
+) -> int:
+    """Ask more of a scan: further variants, seeds or samples, or narrower intervals.
+
+    Every run of the file is used. Lists name the values of before and more; of the numbers, the tolerance and n-min
+    fall, and the others rise.
+    """
+    from fasttrain.spec import spec_fields
+
+    changes = spec_fields(given_fields(context))
+    seconds = _seconds(time_limit)
+    return _running(
+        file if out is None else out,
+        quiet,
+        lambda on_progress: fasttrain.extend(
+            file, changes, out=out, overwrite=overwrite, time_limit=seconds, on_progress=on_progress
+        ),
     )
 
 

@@ -13,6 +13,7 @@ from fasttrain.activations import ACTIVATIONS
 from fasttrain.spec import (
     ARCHITECTURES,
     BACKENDS,
+    EXTENDED,
     FULL_BATCH,
     INPUTS,
     LABELS,
@@ -183,7 +184,16 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _option(field: "dataclasses.Field[Any]") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def extension_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of which a scan may be asked for more."""
+    for field in reversed([field for field in dataclasses.fields(ScanSpec) if field.name in EXTENDED]):
+        command = _option(field, "that of the file")(command)
+    return command
+
+
+def _option(
+    field: "dataclasses.Field[Any]", default: str | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     about = FIELDS[field.name]
 
     class Option(_SpecOption):
@@ -203,7 +213,7 @@ def _option(field: "dataclasses.Field[Any]") -> Callable[[Callable[..., Any]], C
         type=str,
         multiple=several,
         metavar=about.metavar,
-        help=f"{about.text}  [default: {default_text(field)}]",
+        help=f"{about.text}  [default: {default or default_text(field)}]",
     )
 
 

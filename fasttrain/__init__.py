@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fasttrain.comparison import Comparison, compare
     from fasttrain.errors import UserError
     from fasttrain.estimators import estimates
+    from fasttrain.extending import extend
     from fasttrain.merging import merge
     from fasttrain.prepare import Preview, preview
     from fasttrain.records import Curvature, Outcome, Terminated
@@ -45,6 +46,7 @@ _EXPORTS = {
     "Verdict": "fasttrain.claims",
     "compare": "fasttrain.comparison",
     "estimates": "fasttrain.estimators",
+    "extend": "fasttrain.extending",
     "fit_scaling": "fasttrain.scaling",
     "load": "fasttrain.analysis",
     "merge": "fasttrain.merging",
@@ -70,6 +72,7 @@ __all__ = [
     "Verdict",
     "compare",
     "estimates",
+    "extend",
     "fit_scaling",
     "load",
     "merge",

@@ -18,6 +18,9 @@ from fasttrain.schema import CURVATURE, CURVES, HISTORY, PROBES, SCHEMA_VERSION,
 from fasttrain.spec import ScanSpec, budget_text
 from fasttrain.store import COMMITS, MemoryStore, with_journal
 
+EXTENDED_FROM = "extended_from"
+"""Attribute of a scan that was extended: what its earlier specs have otherwise than the present one, JSON."""
+
 _CURVE_COLUMNS = HISTORY[1:]
 _ROWS_A_BYTE, _LEAST_BYTES = 100, 2**16  # rows that a byte of a file may hold: more than compression makes of it
 
@@ -30,6 +33,7 @@ class Results:
         curves: one row a variant, with its settings and its EMC50; the columns of ``/curves`` (docs/hdf5.md).
         probes: one row a training run, in the order in which they finished; the columns of ``/probes``.
         curvature: one row for each run whose end was looked at (``scan --curvature``); the columns of ``/curvature``.
+        earlier: what was to be measured before the scan was extended, the oldest first.
         attrs: the conditions: versions, device, precision, times, ``status`` and the summary.
         path: the file; ``None`` for results in memory.
         written: whether a scan was writing the file when it was loaded, as far as its lock can tell.
@@ -53,6 +57,7 @@ class Results:
         self.probes = _frame(PROBES, probes)
         self.curvature = _frame(CURVATURE, curvature)
         self.attrs = dict(attrs)
+        self.earlier = _earlier(self.spec, self.attrs.get(EXTENDED_FROM, "[]"))
         self.path = path
         self._read_history, self._read_weights = read_history, read_weights
         # Apart from the frame, which is the user's to change.
@@ -167,7 +172,7 @@ def load(path: str | os.PathLike[str]) -> Results:
             probes["steps_budget"] = np.full(len(probes["n"]), asked.steps)
             curves["budget"] = np.full(len(curves["n_min"]), budget_text(asked), dtype=object)
         return Results(spec, curves, probes, curvature, attrs, read, read_weights, path, written)
-    except UserError as error:
+    except (UserError, ValueError, RecursionError) as error:
         raise UserError("file", path, f"its spec cannot be read ({error})") from None
 
 
@@ -268,6 +273,14 @@ class _Reader:
         if not isinstance(data, h5py.Dataset):
             raise UserError("file", self._path, f"is damaged: /{name} is missing")
         return data
+
+
+def _earlier(spec: ScanSpec, differences: str) -> tuple[ScanSpec, ...]:
+    """The specs that a scan had before ``spec``, from what they have otherwise: a JSON list of objects."""
+    found = json.loads(differences)
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise ValueError(f"{EXTENDED_FROM} is no list of objects")
+    return tuple(ScanSpec.from_json(json.dumps({**json.loads(spec.to_json()), **one})) for one in found)
 
 
 def _frame(columns: tuple[Column, ...], block: Block) -> pd.DataFrame:

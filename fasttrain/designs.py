@@ -81,9 +81,9 @@ def paper_round(
     """The next rung of every seed's ladder: n grows until the seed's first failure (Shwartz-Ziv et al. 2024).
 
     Every seed climbs by itself: a ladder starts at n_min, each n is a fresh training set and a fresh initialisation,
-    and it ends at the first failure, or at n_max. All that still climb are at the same n, so that a round is one n.
-    Where max_probes does not reach for all of them the first seeds go on, the last round is short, and
-    ``budget_spent`` is set.
+    and it ends at the first failure, or at n_max. All that still climb are at the same n, so that a round is one n,
+    but for a scan that was extended, whose new seeds begin below. Where max_probes does not reach for all of them the
+    largest n go on and of these the first seeds, the last round is short, and ``budget_spent`` is set.
 
     Args:
         problem: the variant and its range of n.
@@ -97,15 +97,16 @@ def paper_round(
         ``fasttrain.estimates(results, "paper")``.
     """
     _, post, running = assess(problem, rounds, limits)
-    if rounds:
-        last = max(probe.n for probe in rounds[-1])
-        climbing = sorted(probe.seed for probe, fitted in rounds[-1].items() if fitted)
-        n = _next_n(last, problem, growth)
-        climbing = climbing if n > last else []
-    else:
-        n, climbing = problem.n_min, list(range(first_seed, first_seed + limits.seeds))
+    rungs = dict.fromkeys(range(first_seed, first_seed + limits.seeds), problem.n_min)
+    for probe, fitted in (item for finished_round in rounds for item in finished_round.items()):
+        n = _next_n(probe.n, problem, growth)
+        if fitted and n > probe.n:
+            rungs[probe.seed] = n
+        else:
+            rungs.pop(probe.seed, None)
+    climbing = sorted(rungs.items(), key=lambda rung: (-rung[1], rung[0]))
     left = max(0, limits.max_probes - running.n_probes)
-    probes = tuple(Probe(problem.index, n, seed, len(rounds)) for seed in climbing[:left])
+    probes = tuple(Probe(problem.index, n, seed, len(rounds)) for seed, n in climbing[:left])
     if probes:
         return running, probes, post
     return estimate(problem, post, limits.interval, finished=True, budget_spent=bool(climbing)), (), post
@@ -119,11 +120,11 @@ def grid_round(
     *,
     ns: Sequence[int],
 ) -> tuple[Estimate, tuple[Probe, ...], Posterior]:
-    """All seeds at all n, in one round.
+    """All seeds at all n, in one round; of a scan that was extended, those that are missing.
 
     Args:
         problem: the variant.
-        rounds: whether each probe fitted; none or one.
+        rounds: whether each probe fitted.
         limits: ``seeds`` probes at every n; max_probes and the tolerance have no part in it.
         first_seed: at each n.
         ns: training samples, distinct, within the problem's range.
@@ -132,7 +133,10 @@ def grid_round(
         As ``search.next_round``.
     """
     _, post, running = assess(problem, rounds, limits)
-    if rounds:
-        return estimate(problem, post, limits.interval, finished=True), (), post
+    done = {(probe.n, probe.seed) for finished_round in rounds for probe in finished_round}
     seeds = range(first_seed, first_seed + limits.seeds)
-    return running, tuple(Probe(problem.index, n, seed) for n in sorted(ns, reverse=True) for seed in seeds), post
+    wanted = ((n, seed) for n in sorted(ns, reverse=True) for seed in seeds)
+    probes = tuple(Probe(problem.index, *one, len(rounds)) for one in wanted if one not in done)
+    if probes:
+        return running, probes, post
+    return estimate(problem, post, limits.interval, finished=True), (), post

@@ -1,15 +1,16 @@
 """Files of one spec joined into one: the runs of all of them, and what the search makes of these."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fasttrain.analysis import Results, load
 from fasttrain.errors import UserError
-from fasttrain.prepare import check_same, make_search, prepare, same_value, stored_results
+from fasttrain.prepare import Prepared, check_same, make_search, prepare, same_value, stored_results
 from fasttrain.records import History, Probe, ProbeResult
 from fasttrain.schema import TIMING_ATTRIBUTES
-from fasttrain.store import RESERVED, HDF5Store, check_output
+from fasttrain.spec import ScanSpec
+from fasttrain.store import RESERVED, Attribute, HDF5Store, check_output
 
 _VERDICT = ("outcome", "steps", "fit_step", "train_loss", "train_error")
 _OWN = {*RESERVED, *TIMING_ATTRIBUTES, "model_steps"}  # that a store or its end sets
@@ -40,7 +41,7 @@ def merge(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], 
     first = files[0]
     prepared = prepare(first.spec)
     for one in files:
-        if one.spec != first.spec:
+        if one.spec != first.spec or one.earlier != first.earlier:
             raise UserError("file", one.path, f"has another spec than {first.path}")
         check_same(prepared, one)
     taken: dict[Probe, tuple[Results, int, ProbeResult]] = {}
@@ -54,23 +55,40 @@ def merge(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], 
             ]:
                 told = f"n {key.n}, seed {key.seed} of variant {key.variant}: {', '.join(different)}"
                 raise UserError("file", one.path, f"has a run that ended otherwise in {taken[key][0].path} ({told})")
-    search = make_search(first.spec, prepared.problems)
-    search.tell([result for _, _, result in taken.values()])
-    store = HDF5Store(out, overwrite)
     kept = {name: value for name, value in first.attrs.items() if name not in _OWN}
+    write(HDF5Store(out, overwrite), first.spec, first.earlier, prepared, kept, list(taken.values()))
+    return load(out)
+
+
+def write(
+    store: HDF5Store,
+    spec: ScanSpec,
+    earlier: Sequence[ScanSpec],
+    prepared: Prepared,
+    attributes: Mapping[str, Attribute],
+    runs: Sequence[tuple[Results, int, ProbeResult]],
+) -> None:
+    """Writes a whole file from runs of others, and closes it.
+
+    Args:
+        store: of the file.
+        spec: what the scan is asked for.
+        earlier: what it was asked for before it was extended.
+        prepared: the same scan as it would be done here.
+        attributes: its conditions.
+        runs: for each run where it comes from, its row there, and itself with the variant that it has in ``prepared``.
+    """
+    search = make_search(spec, prepared.problems, earlier)
+    search.tell([result for _, _, result in runs])
     try:
-        store.begin(first.spec, prepared.problems, kept)
-        whole = list(taken.values())
-        for start in range(0, len(whole), _APPENDED):
-            store.append([_complete(*one) for one in whole[start : start + _APPENDED]])
+        store.begin(spec, prepared.problems, attributes)
+        for start in range(0, len(runs), _APPENDED):
+            store.append([_complete(*one) for one in runs[start : start + _APPENDED]])
         store.put_curves(search.estimates())
-        done = search.done and not first.attrs.get("curvature_runs")
-        store.finish(
-            "complete" if done else "interrupted", {"model_steps": sum(result.steps for _, _, result in whole)}
-        )
+        done = search.done and not attributes.get("curvature_runs")
+        store.finish("complete" if done else "interrupted", {"model_steps": sum(result.steps for _, _, result in runs)})
     finally:
         store.close()
-    return load(out)
 
 
 def _complete(source: Results, row: int, result: ProbeResult) -> ProbeResult:

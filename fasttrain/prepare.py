@@ -3,6 +3,7 @@ gone on with here."""
 
 import contextlib
 import dataclasses
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from fasttrain.backends import choose, configuration_text, make_backend, togethe
 from fasttrain.backends.apart import ApartBackend, Processes
 from fasttrain.backends.base import Run, Setting
 from fasttrain.curvature import measure
-from fasttrain.data import check, provenance
+from fasttrain.data import DataInfo, check, provenance
 from fasttrain.designs import design_of, n_range, probes_of
 from fasttrain.errors import UserError
 from fasttrain.heldout import Keeper
@@ -26,7 +27,7 @@ from fasttrain.machine import available_bytes, conditions, cores, resolve_device
 from fasttrain.models.matching import matched
 from fasttrain.plan import Plan, Trained, default_n_max, make_plan, most_steps
 from fasttrain.records import Curvature, History, Outcome, Probe, ProbeResult, Problem
-from fasttrain.search import Search, raced
+from fasttrain.search import Limits, Search, Stage, raced
 from fasttrain.spec import ARCHITECTURES, ScanSpec, Variant, budget_steps, budget_text, early_tells
 from fasttrain.stopping import StopRules
 from fasttrain.trainer import Trainer
@@ -183,26 +184,10 @@ def prepare(spec: ScanSpec) -> Prepared:
     info = check(spec)
     device = resolve_device(spec.device)
     dtype = torch.float64 if spec.precision == "float64" else torch.float32
-    variants = list(spec.variants(info.classes))
-    unmatched: list[str] = []
-    for variant in variants:
-        models.check_images(variant, info.shape)
-    if spec.match_params:
-        variants, unmatched = matched(variants, info.shape, spec.heads)
-    for variant in variants:
-        models.check(variant, info.shape)
+    problems, unmatched = _problems(spec, info)
     setting = Setting(spec, info.features, device, dtype, info.shape)
-    problems, backends = [], []
-    for index, variant in enumerate(variants):
-        backends.append(choose(spec.backend, setting, variant))
-        params = models.parameter_count(variant, info.shape)
-        n_min, n_max = n_range(spec, params, default_n_max(params, info, variant.labels, variant.inputs))
-        elements = 0 if models.is_perceptron(variant) else models.sample_elements(variant, info.shape)
-        problems.append(Problem(index, variant, params, n_min, n_max, elements))
-        most = most_steps(problems[-1], spec)
-        if variant.warmup >= most and variant.warmup > 0:
-            what = f"expected less than the {most} steps that a run may take with {budget_text(spec)}"
-            raise UserError("warmup", variant.warmup, what)
+    variants = [problem.variant for problem in problems]
+    backends = [choose(spec.backend, setting, variant) for variant in variants]
     tried = {models.shaping(v): (v, backend) for v, backend in zip(variants, backends, strict=True)}
     for variant, backend in tried.values():
         models.try_out(variant, info.shape, batched=backend != "loop", dtype=dtype)
@@ -229,22 +214,94 @@ def prepare(spec: ScanSpec) -> Prepared:
     return Prepared(setting, problems, plan, tuple(backends), workers, apart, tuple(unmatched))
 
 
-def make_search(spec: ScanSpec, problems: Sequence[Problem]) -> Search:
-    """The search of a spec, at its beginning."""
+def _problems(spec: ScanSpec, info: DataInfo) -> tuple[list[Problem], list[str]]:
+    """The variants of a spec with their ranges of n, and a line on each that ``match_params`` leaves out."""
+    variants = list(spec.variants(info.classes))
+    unmatched: list[str] = []
+    for variant in variants:
+        models.check_images(variant, info.shape)
+    if spec.match_params:
+        variants, unmatched = matched(variants, info.shape, spec.heads)
+    for variant in variants:
+        models.check(variant, info.shape)
+    problems = []
+    for index, variant in enumerate(variants):
+        params = models.parameter_count(variant, info.shape)
+        n_min, n_max = n_range(spec, params, default_n_max(params, info, variant.labels, variant.inputs))
+        elements = 0 if models.is_perceptron(variant) else models.sample_elements(variant, info.shape)
+        problems.append(Problem(index, variant, params, n_min, n_max, elements))
+        most = most_steps(problems[-1], spec)
+        if variant.warmup >= most and variant.warmup > 0:
+            what = f"expected less than the {most} steps that a run may take with {budget_text(spec)}"
+            raise UserError("warmup", variant.warmup, what)
+    return problems, unmatched
+
+
+def stages(earlier: Sequence[ScanSpec], spec: ScanSpec, problems: Sequence[Problem]) -> list[Stage]:
+    """What a scan was asked for before it was extended, in terms of the variants that it has now.
+
+    Args:
+        earlier: the specs, the oldest first.
+        spec: what it is asked for now.
+        problems: the variants of that.
+
+    Raises:
+        UserError: a later spec lacks a variant, lets other learning rates race, or has a smaller range of n.
+    """
+    asked = [(one, _problems(one, check(one))[0]) for one in earlier]
+    at = {problem.variant: problem for problem in problems}
+    out = []
+    for (one, then), (later, after) in itertools.pairwise([*asked, (spec, list(problems))]):
+        coming = {problem.variant: problem for problem in after}
+        for problem in then:
+            where = coming.get(problem.variant)
+            if where is None:
+                one_of = f"{problem.variant.arch} of width {problem.variant.width} and depth {problem.variant.depth}"
+                raise UserError("spec", one_of, "was asked for before, and no more; expected all variants of before")
+            if where.n_min > problem.n_min or (one.search == "paper" and where.n_min < problem.n_min):
+                raise UserError("n_min", where.n_min, f"expected {_BEGIN[one.search == 'paper']} {problem.n_min}")
+            if where.n_max < problem.n_max:
+                raise UserError("n_max", where.n_max, f"expected at least that of before, {problem.n_max}")
+        if one.races:
+            known = {problem.variant for problem in then}
+            races = [{problem.variant for problem in group} for group in raced(then)]
+            for group in ({problem.variant for problem in group} for group in raced(after)):
+                if group & known and group not in races:
+                    rates = ",".join(map(str, later.lr))
+                    raise UserError("lr", rates, "would change a race that has begun; expected the same learning rates")
+        by_index = {at[p.variant].index: dataclasses.replace(p, index=at[p.variant].index) for p in then}
+        out.append(Stage(by_index, limits_of(one), design_of(one)))
+    return out
+
+
+_BEGIN = {False: "at most that of before,", True: "that of before, where the ladders began,"}
+
+
+def limits_of(spec: ScanSpec) -> Limits:
+    """When the search of a spec stops."""
+    return Limits(seeds=spec.seeds, interval=spec.interval, tolerance=spec.tolerance, max_probes=spec.max_probes)
+
+
+def make_search(spec: ScanSpec, problems: Sequence[Problem], earlier: Sequence[ScanSpec] = ()) -> Search:
+    """The search of a spec, at its beginning.
+
+    Args:
+        spec: what the scan is asked for.
+        problems: its variants.
+        earlier: what it was asked for before it was extended, the oldest first.
+    """
 
     def run_steps(problem: Problem, n: int, short: bool) -> int:
         return budget_steps(spec, problem.variant, n, short)
 
     return Search(
         problems,
-        seeds=spec.seeds,
-        interval=spec.interval,
-        tolerance=spec.tolerance,
-        max_probes=spec.max_probes,
+        **dataclasses.asdict(limits_of(spec)),
         races=spec.races,
         run_steps=run_steps if spec.shortens else None,
         early_tells=early_tells(spec.check_every, 0 if spec.budget else spec.steps),
         design=design_of(spec),
+        earlier=stages(earlier, spec, problems),
     )
 
 
@@ -311,13 +368,30 @@ _ALIKE = ("device_name", "platform", "torch_version", "numpy_version", "triton_v
 """Conditions that should be: with others the last bits may differ."""
 
 
-def check_same(prepared: Prepared, before: Results) -> None:
+_OF_VARIANTS = {"variant_backends": ",", "variant_configurations": ";"}
+"""Of these, those that have a part for each variant, and what parts them."""
+
+
+def check_same(prepared: Prepared, before: Results, own: Sequence[Problem] | None = None) -> None:
     """Whether this installation goes on as the scan began.
+
+    Args:
+        prepared: what it would do now.
+        before: what is there.
+        own: the variants of the file, in their order, with the index that they have in ``prepared``; its own ones by
+            default.
 
     Raises:
         UserError: it would not.
     """
     now = stated_conditions(prepared)
+    if own is None:
+        own = prepared.problems
+    else:
+        for name, between in _OF_VARIANTS.items():
+            parts = str(now[name]).split(between)
+            now[name] = between.join(parts[problem.index] for problem in own)
+        now["arch_source"] = own_sources(before.spec)
     for name, called in _SAME.items():
         if now.get(name) != before.attrs.get(name):
             raise UserError(
@@ -326,7 +400,7 @@ def check_same(prepared: Prepared, before: Results) -> None:
                 f"was made with other {called}: {name} was {before.attrs.get(name)} and is {now.get(name)} here",
             )
     held = [(int(row["params"]), int(row["n_min"]), int(row["n_max"])) for row in before.curves.to_dict("records")]
-    if held != [(problem.params, problem.n_min, problem.n_max) for problem in prepared.problems]:
+    if held != [(problem.params, problem.n_min, problem.n_max) for problem in own]:
         raise UserError("file", before.path, "has other variants than its spec gives here")
     different = [name for name in _ALIKE if now.get(name) != before.attrs.get(name)]
     if different:

@@ -119,7 +119,7 @@ def scan(
         KeyboardInterrupt: on Ctrl-C; every finished probe is in ``out``, and ``resume`` goes on from there.
         Terminated: likewise, on SIGTERM.
     """
-    _check_time_limit(time_limit)
+    check_time_limit(time_limit)
     if not isinstance(curvature, int) or isinstance(curvature, bool) or curvature < 0:
         raise UserError("curvature", curvature, "expected a whole number of runs, 0 or more")
     if out is not None:
@@ -168,7 +168,7 @@ def resume(
         KeyboardInterrupt: as of ``scan``.
         Terminated: as of ``scan``.
     """
-    _check_time_limit(time_limit)
+    check_time_limit(time_limit)
     path = Path(path)
     before = load(path)
     if spec is not None and spec != before.spec:
@@ -197,12 +197,18 @@ def resume(
             time_limit,
             # Read again: the file is ours only now.
             stored=stored_results(load(path)),
+            earlier=before.earlier,
         )
         one.run()
     return load(path)
 
 
-def _check_time_limit(time_limit: float | None) -> None:
+def check_time_limit(time_limit: float | None) -> None:
+    """Whether a time can be a limit.
+
+    Raises:
+        UserError: it cannot.
+    """
     if time_limit is not None and not time_limit > 0.0:
         raise UserError("time_limit", time_limit, "expected a time above 0")
 
@@ -229,6 +235,7 @@ class _Scan:
     curvature: int
     time_limit: float | None = None
     stored: list[ProbeResult] = field(default_factory=list)  # by an earlier part of the scan
+    earlier: tuple[ScanSpec, ...] = ()  # before it was extended
     search: Search = field(init=False)
     trainer: Trainer = field(init=False)
     begin: float = field(init=False)
@@ -251,7 +258,7 @@ class _Scan:
         earlier = max((result.finished for result in self.stored), default=0.0)
         self.begin = time.perf_counter() - earlier
 
-        self.search = make_search(spec, problems)
+        self.search = make_search(spec, problems, self.earlier)
         prepared = self.prepared
         processes = Processes(prepared.workers) if prepared.apart else None
         self.trainer = Trainer(

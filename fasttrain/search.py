@@ -243,6 +243,21 @@ RunSteps = Callable[[Problem, int, bool], int]
 """Optimizer steps that a run of a variant at n may take; True asks for a short one."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What a scan was asked for before it was extended, or is since.
+
+    Attributes:
+        problems: its variants, by the index that they have now; their ranges of n are those of then.
+        limits: when to stop.
+        design: what decides on the probes of a round, from the rounds before it.
+    """
+
+    problems: Mapping[int, Problem]
+    limits: Limits
+    design: Design = next_round
+
+
 class Search:
     """The search of all variants of a scan.
 
@@ -250,16 +265,20 @@ class Search:
     tells all that it has stored, then asks for the rest): each counts once its round is open, and a round
     counts once it is whole. A variant's rounds and estimates do not depend on those that it does not race with.
 
+    A scan that was extended is searched as it was asked for at first, and goes on from there by each later stage: so
+    every probe of before has its part in what comes after, and the rounds still follow from what was asked alone.
+
     Args:
         problems: the variants; ``Problem.index`` is the key of all else.
         seeds: at most so many probes at one n of one variant.
         interval: probability content of the reported interval, in (0, 1).
         tolerance: half-width of the interval, as a share of EMC50, at which a variant is done.
         max_probes: at most so many probes a variant; the winner of a race has as many again, and so have short probes.
-        races: whether variants race that differ only in their learning rate.
+        races: whether variants race that differ only in their learning rate; in all stages the same ones.
         run_steps: budgets of runs, where EMC50 at a third of the budget is measured; None where it is not.
         early_tells: whether full runs are checked often enough to count at a third of their budget too.
         design: what decides on the probes of a round, from the rounds before it.
+        earlier: stages before this one.
     """
 
     def __init__(
@@ -274,12 +293,15 @@ class Search:
         run_steps: RunSteps | None = None,
         early_tells: bool = True,
         design: Design = next_round,
+        earlier: Sequence[Stage] = (),
     ) -> None:
         limits = Limits(seeds=seeds, interval=interval, tolerance=tolerance, max_probes=max_probes)
+        stages = [*earlier, Stage({problem.index: problem for problem in problems}, limits, design)]
         by_index: dict[int, _Group] = {}
         for problems_of in raced(problems) if races else [[problem] for problem in problems]:
-            group = _Group(problems_of, limits, run_steps, early_tells, design)
-            by_index.update(dict.fromkeys((problem.index for problem in problems_of), group))
+            indices = [problem.index for problem in problems_of]
+            own = [stage for stage in stages if indices[0] in stage.problems]
+            by_index.update(dict.fromkeys(indices, _Group(indices, own, run_steps, early_tells)))
         self._groups = {problem.index: by_index[problem.index] for problem in problems}
 
     def ask(self) -> list[Probe]:
@@ -366,26 +388,21 @@ class _Group:
     """
 
     def __init__(
-        self,
-        problems: Sequence[Problem],
-        limits: Limits,
-        run_steps: RunSteps | None,
-        early_tells: bool,
-        design: Design,
+        self, indices: Sequence[int], stages: Sequence[Stage], run_steps: RunSteps | None, early_tells: bool
     ) -> None:
-        self._problems = {problem.index: problem for problem in problems}
-        self._limits = limits
-        self._shorter = replace(limits, tolerance=SHORT_TOLERANCE * limits.tolerance)
-        self._design = design
+        first, *self._coming = stages
+        self._stage = first
+        self._problems = {index: first.problems[index] for index in indices}
         self._told = _Told(self._problems, run_steps)
         self._run_steps = run_steps
         self._early_tells = early_tells
-        self._searches = {problem.index: _VariantSearch(problem, limits, self._told, design) for problem in problems}
+        self._searches = {index: _VariantSearch(index, first, self._told) for index in indices}
         self._left = list(self._problems)  # not dropped
         self._leader = self._left[0]
-        self._winner = None if len(problems) > 1 else self._leader
-        self._final = None if len(problems) > 1 else self._searches[self._leader]  # whose estimate is the winner's
+        self._winner = None if self._races else self._leader
+        self._final = None if self._races else self._searches[self._leader]  # whose estimate is the winner's
         self._short: _VariantSearch | None = None
+        self._short_stage = first  # the last one that short probes have been asked for
 
     @property
     def _races(self) -> bool:
@@ -407,8 +424,8 @@ class _Group:
                 search.close()
             if self._final is None:
                 self._judge()
-            elif self._run_steps is not None and self._short is None and not self._final.open:
-                self._begin_short(self._final)
+            while self._final is not None and not self._running() and self._goes_on(self._final):
+                pass
 
     def take(self, index: int) -> list[Probe]:
         running = self._running()
@@ -441,17 +458,28 @@ class _Group:
         if index != first:
             return left
         if self._final is None:
-            left += min(self._searches[index].estimate.n_probes + left, self._limits.max_probes)
+            left += min(self._searches[index].estimate.n_probes + left, self._stage.limits.max_probes)
         if self._run_steps is not None:
-            left += min(least(self._shorter, True), self._limits.max_probes) / 3.0
+            left += min(least(_shorter(self._stage).limits, True), self._stage.limits.max_probes) / 3.0
         return left
 
     def _running(self) -> dict[int, "_VariantSearch"]:
         """The searches that have an open round."""
         if self._final is None or self._winner is None:
             return {index: self._searches[index] for index in self._left if self._searches[index].open}
-        last = self._short or self._final
+        last = self._short if self._short is not None and self._short.open else self._final
         return {self._winner: last} if last.open else {}
+
+    def _goes_on(self, final: "_VariantSearch") -> bool:
+        """What follows once nothing is open: short probes, or the next stage; whether there was anything."""
+        if self._run_steps is not None and (self._short is None or self._short_stage is not self._stage):
+            self._ask_short(final)
+            return True
+        if not self._coming:
+            return False
+        self._stage, *self._coming = self._coming
+        final.extend(self._stage)
+        return True
 
     def _judge(self) -> None:
         """After a round: drop those that are clearly worse, and end the race if it is decided."""
@@ -468,13 +496,18 @@ class _Group:
         ]
         if len(self._left) == 1 or not self._running():
             self._winner = leader
-            self._final = _VariantSearch(self._problems[leader], self._limits, self._told, self._design, CONFIRM)
+            self._final = _VariantSearch(leader, self._stage, self._told, CONFIRM)
 
-    def _begin_short(self, final: "_VariantSearch") -> None:
+    def _ask_short(self, final: "_VariantSearch") -> None:
         """Starts from what the probes of the full budget say of a third of it, if they would have gone the same way."""
         problem = final.problem
         known = final.early() if self._early_tells and problem.variant.schedule == "constant" else {}
-        self._short = _VariantSearch(problem, self._shorter, self._told, self._design, SHORT, known)
+        stage = _shorter(self._stage)
+        if self._short is None:
+            self._short = _VariantSearch(problem.index, stage, self._told, SHORT, known)
+        else:
+            self._short.extend(stage, known)
+        self._short_stage = self._stage
 
     def _with_short(self, final: "_VariantSearch") -> Estimate:
         shown = final.estimate
@@ -483,18 +516,23 @@ class _Group:
         if self._short is None:
             return replace(shown, finished=False)
         third = self._short.estimate
-        shown = replace(shown, third=third, finished=third.finished)
+        shown = replace(shown, third=third, finished=shown.finished and third.finished)
         if math.isnan(shown.emc50) or math.isnan(third.emc50):
             return shown
         n = round(shown.emc50)
         rise = math.log(self._run_steps(final.problem, n, False) / self._run_steps(final.problem, n, True))
         if rise == 0.0:  # a budget of one step has no third
             return shown
-        content = self._limits.interval
+        content = self._stage.limits.interval
         low, median, high = final.posterior.minus(
             self._short.posterior, (1.0 - content) / 2.0, 0.5, (1.0 + content) / 2.0
         )
         return replace(shown, elasticity=median / rise, elasticity_low=low / rise, elasticity_high=high / rise)
+
+
+def _shorter(stage: Stage) -> Stage:
+    """The same for short probes."""
+    return replace(stage, limits=replace(stage.limits, tolerance=SHORT_TOLERANCE * stage.limits.tolerance))
 
 
 class _VariantSearch:
@@ -506,20 +544,24 @@ class _VariantSearch:
 
     def __init__(
         self,
-        problem: Problem,
-        limits: Limits,
+        index: int,
+        stage: Stage,
         told: _Told,
-        design: Design,
         first_seed: int = 0,
         known: Verdicts | None = None,
     ) -> None:
-        self.problem = problem
-        self._limits = limits
+        self._index = index
         self._told = told
-        self._next = design if known is None else partial(next_round, known=known)
-        self._adaptive = design is next_round
         self._first_seed = first_seed
         self._rounds: list[dict[Probe, bool]] = []
+        self.extend(stage, known)
+
+    def extend(self, stage: Stage, known: Verdicts | None = None) -> None:
+        """Goes on by another stage, from the rounds that there are."""
+        self.problem = stage.problems[self._index]
+        self._limits = stage.limits
+        self._next = stage.design if known is None else partial(next_round, known=known)
+        self._adaptive = stage.design is next_round
         self._open_round()
 
     def _open_round(self) -> None:

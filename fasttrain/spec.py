@@ -100,6 +100,30 @@ class Variant:
     init_scale: float = 1.0
 
 
+EXTENDED = (
+    "arch",
+    "widths",
+    "depths",
+    "activation",
+    "inputs",
+    "labels",
+    "classes",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "schedule",
+    "batch_size",
+    "n",
+    "seeds",
+    "n_min",
+    "n_max",
+    "tolerance",
+    "max_probes",
+)
+"""Fields of ``ScanSpec`` of which a scan may be asked for more later: they decide which runs are made, and of none what
+comes of it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanSpec:
     """Everything that decides the numbers of a scan.

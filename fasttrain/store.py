@@ -288,6 +288,12 @@ class HDF5Store(_TableStore):
             self._truncate("curvature", 0)
             self._set_attributes({"status": "running", "ended": ""})
 
+    def leave(self) -> None:
+        """Release the file and drop its journal: right after ``reopened`` all is in the file."""
+        if self._journal is not None:
+            self._journal.remove()
+            self._journal = None
+
     def close(self) -> None:
         """Release the file; what was committed since the last snapshot stays in the journal. May be called again."""
         if self._journal is not None:
@@ -314,17 +320,11 @@ class HDF5Store(_TableStore):
                 _write(file, "curves", 0, curves)
             self._next_snapshot = time.monotonic() + _SNAPSHOT_SECONDS
         except OSError as error:
-            self._drop()
+            self.leave()
             raise UserError("out", self.path, f"cannot be created ({_line(error)})") from None
         except BaseException:
-            self._drop()
+            self.leave()
             raise
-
-    def _drop(self) -> None:
-        """Leaves no journal of a file that was never made."""
-        if self._journal is not None:
-            self._journal.remove()
-            self._journal = None
 
     def _write(self, group: str, start: int, block: Block) -> None:
         self._operations.append(["write", group, start, block])

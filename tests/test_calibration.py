@@ -47,6 +47,14 @@ def test_intervals_cover_the_truth_of_a_fixed_curve(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", FIXED)
+def test_intervals_cover_where_a_scan_was_extended(name):
+    found = summary(many(partial(fixed, FIXED[name], began=0.2), 300))
+    assert found["covered"] > 0.86 - error(0.86, 300)
+    assert abs(found["bias"]) < 0.02 + ABOUT * found["spread"] / math.sqrt(300)
+
+
+@pytest.mark.slow
 def test_simulation_based_calibration():
     found = simulation_based(1000)
     assert found["emc50_p"] > 0.001

@@ -33,6 +33,7 @@ LAYERS = [
     {"prepare", "signals"},
     {"run"},
     {"repeat", "claims", "merging"},
+    {"extending"},
     {"cli"},
 ]
 FOLDERS = {"kernels": ROOT / "kernels", "cli": ROOT / "cli"}
