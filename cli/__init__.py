@@ -95,6 +95,12 @@ def _commands(context: click.Context) -> None:
     "the slope of the loss and the extreme Hessian eigenvalues where they ended. No other number depends on them.",
 )
 @click.option("--time-limit", metavar="TIME", help="Stop cleanly after so long: 3600s, 90m, 11.5h, 2d.")
+@click.option(
+    "--checkpoint",
+    metavar="TIME",
+    help="Every so often put the runs under way on the disk too, so that resume goes on with them: for runs that take "
+    "long.",
+)
 @click.option("--quiet", is_flag=True, help="Print the final table and errors only, no progress.")
 @click.option("--dry-run", is_flag=True, help="Print the variants, memory and cost; train and write nothing.")
 @click.pass_context
@@ -106,6 +112,7 @@ def _scan(
     save_weights: bool,
     curvature: str,
     time_limit: str | None,
+    checkpoint: str | None,
     quiet: bool,
     dry_run: bool,
     **_: Any,
@@ -123,7 +130,7 @@ def _scan(
         fields = {name: value for name, value in fields.items() if name not in _ONE_BUDGET}
     spec = fasttrain.ScanSpec(**{**fields, **given})
     looked_at = _number("curvature", curvature, "expected a whole number of runs, 0 or more")
-    seconds = _seconds(time_limit)
+    seconds, between = _seconds("time_limit", time_limit), _seconds("checkpoint", checkpoint)
     if dry_run:
         from fasttrain.cli.tables import preview_text
 
@@ -139,6 +146,7 @@ def _scan(
             save_weights=save_weights,
             curvature=looked_at,
             time_limit=seconds,
+            checkpoint=between,
             on_progress=on_progress,
         ),
     )
@@ -148,8 +156,14 @@ def _scan(
 @click.argument("file")
 @click.option("--spec", "spec_file", metavar="FILE", help="TOML file: an error if the scan was asked for another.")
 @click.option("--time-limit", metavar="TIME", help="Stop cleanly after so long: 3600s, 90m, 11.5h, 2d.")
+@click.option(
+    "--checkpoint",
+    metavar="TIME",
+    help="Every so often put the runs under way on the disk too, so that resume goes on with them: for runs that take "
+    "long.",
+)
 @click.option("--quiet", is_flag=True, help="Print the final table and errors only, no progress.")
-def _resume(file: str, spec_file: str | None, time_limit: str | None, quiet: bool) -> int:
+def _resume(file: str, spec_file: str | None, time_limit: str | None, checkpoint: str | None, quiet: bool) -> int:
     """Go on with a scan that was killed, interrupted or stopped by its time limit.
 
     It ends with the probes, results and table of a scan that nobody stopped. A complete file is left as it is.
@@ -157,7 +171,7 @@ def _resume(file: str, spec_file: str | None, time_limit: str | None, quiet: boo
     from fasttrain.spec import read_toml
 
     spec = fasttrain.ScanSpec(**read_toml(spec_file)) if spec_file is not None else None
-    seconds = _seconds(time_limit)
+    seconds, between = _seconds("time_limit", time_limit), _seconds("checkpoint", checkpoint)
     if fasttrain.load(file).attrs.get("status") == "complete":
         results = fasttrain.resume(file, spec=spec)
         _print_results(results, file)
@@ -166,7 +180,9 @@ def _resume(file: str, spec_file: str | None, time_limit: str | None, quiet: boo
     return _running(
         file,
         quiet,
-        lambda on_progress: fasttrain.resume(file, spec=spec, time_limit=seconds, on_progress=on_progress),
+        lambda on_progress: fasttrain.resume(
+            file, spec=spec, time_limit=seconds, checkpoint=between, on_progress=on_progress
+        ),
     )
 
 
@@ -176,6 +192,12 @@ def _resume(file: str, spec_file: str | None, time_limit: str | None, quiet: boo
 @click.option("--out", metavar="FILE", help="Write another file; by default FILE itself is replaced.")
 @click.option("--overwrite", is_flag=True, help="Replace the other file if it exists.")
 @click.option("--time-limit", metavar="TIME", help="Stop cleanly after so long: 3600s, 90m, 11.5h, 2d.")
+@click.option(
+    "--checkpoint",
+    metavar="TIME",
+    help="Every so often put the runs under way on the disk too, so that resume goes on with them: for runs that take "
+    "long.",
+)
 @click.option("--quiet", is_flag=True, help="Print the final table and errors only, no progress.")
 @click.pass_context
 def _extend(
@@ -184,6 +206,7 @@ def _extend(
     out: str | None,
     overwrite: bool,
     time_limit: str | None,
+    checkpoint: str | None,
     quiet: bool,
     **_: Any,
 ) -> int:
@@ -195,12 +218,12 @@ def _extend(
     from fasttrain.spec import spec_fields
 
     changes = spec_fields(given_fields(context))
-    seconds = _seconds(time_limit)
+    seconds, between = _seconds("time_limit", time_limit), _seconds("checkpoint", checkpoint)
     return _running(
         file if out is None else out,
         quiet,
         lambda on_progress: fasttrain.extend(
-            file, changes, out=out, overwrite=overwrite, time_limit=seconds, on_progress=on_progress
+            file, changes, out=out, overwrite=overwrite, time_limit=seconds, checkpoint=between, on_progress=on_progress
         ),
     )
 
@@ -332,7 +355,7 @@ def _number(option: str, text: str, expected: str) -> int:
     return int(text)
 
 
-def _seconds(text: str | None) -> float | None:
+def _seconds(option: str, text: str | None) -> float | None:
     """A time such as 90m."""
     if text is None:
         return None
@@ -342,7 +365,7 @@ def _seconds(text: str | None) -> float | None:
     except ValueError:
         seconds = float("nan")
     if not 0.0 < seconds < 1e9:
-        raise fasttrain.UserError("time_limit", text, "expected a time above 0, such as 3600s, 90m, 11.5h or 2d")
+        raise fasttrain.UserError(option, text, "expected a time above 0, such as 3600s, 90m, 11.5h or 2d")
     return seconds
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fasttrain import checkpoints
 from fasttrain.analysis import EXTENDED_FROM, Results, load
 from fasttrain.errors import UserError
 from fasttrain.merging import write
 from fasttrain.prepare import check_same, prepare, stages, stated_conditions, stored_results
-from fasttrain.run import Progress, check_time_limit, resume
+from fasttrain.run import Progress, check_seconds, resume
 from fasttrain.schema import SCHEMA_VERSION
 from fasttrain.spec import EXTENDED, ScanSpec, spec_fields
 from fasttrain.store import HDF5Store, check_output
@@ -26,6 +27,7 @@ def extend(
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     time_limit: float | None = None,
+    checkpoint: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Results:
     """Goes on with a scan that is asked for more, with every run that its file has.
@@ -41,6 +43,7 @@ def extend(
         out: another file to write; by default the file itself is replaced.
         overwrite: whether ``out`` may replace a file.
         time_limit: as of ``scan``.
+        checkpoint: as of ``scan``.
         on_progress: as of ``scan``.
 
     Raises:
@@ -49,7 +52,8 @@ def extend(
         KeyboardInterrupt: as of ``scan``.
         Terminated: as of ``scan``.
     """
-    check_time_limit(time_limit)
+    check_seconds("time_limit", time_limit)
+    check_seconds("checkpoint", checkpoint)
     path = Path(path)
     target = path if out is None else Path(out)
     if out is not None:
@@ -89,10 +93,11 @@ def extend(
         write(HDF5Store(written, overwrite or out is None), spec, earlier, prepared, attributes, runs)
         if out is None:
             os.replace(written, path)
+            checkpoints.drop(path)  # of the scan as it was
     finally:
         if held is not None:
             held.leave()
-    return resume(target, time_limit=time_limit, on_progress=on_progress)
+    return resume(target, time_limit=time_limit, checkpoint=checkpoint, on_progress=on_progress)
 
 
 def asked_for(spec: ScanSpec, changes: Mapping[str, Any]) -> ScanSpec:

@@ -14,7 +14,7 @@ import json
 import os
 import socket
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Journal:
         self._descriptor = _locked(self.path, path)
         if fresh:
             os.ftruncate(self._descriptor, 0)
-        commits = list(_parsed(_contents(self._descriptor)))
+        commits = list(parsed(_contents(self._descriptor)))
         self._size = commits[-1][0] if commits else 0
         self.commits = [(number, operations) for _, number, operations in commits]
         self._cut()
@@ -88,7 +88,7 @@ class Journal:
             self._descriptor = -1
 
     def _append(self, number: int, operations: Sequence[Operation]) -> None:
-        line = _line(number, operations)
+        line = line_of(number, operations)
         try:
             view = memoryview(line)
             at = self._size
@@ -120,7 +120,7 @@ def read_commits(path: str | os.PathLike[str]) -> list[tuple[int, list[Operation
         return []
     except OSError as error:
         raise UserError("file", journal, f"cannot be read ({error.strerror})") from None
-    return [(number, operations) for _, number, operations in _parsed(found)]
+    return [(number, operations) for _, number, operations in parsed(found)]
 
 
 def being_written(path: str | os.PathLike[str]) -> bool:
@@ -138,6 +138,50 @@ def being_written(path: str | os.PathLike[str]) -> bool:
     return False
 
 
+def replace_file(temporary: Path, path: Path, contents: Iterable[bytes | memoryview], new: bool = False) -> None:
+    """Writes a file whole or not at all: beside, synced, and then under its name.
+
+    Args:
+        temporary: beside it; whatever has this name is replaced, and it is gone afterwards.
+        path: the file.
+        contents: in parts.
+        new: whether nothing may have its name.
+
+    Raises:
+        FileExistsError: something has.
+        OSError: it cannot be written.
+    """
+    try:
+        with open(temporary, "wb") as file:
+            for part in contents:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            _new_name(temporary, path)
+        else:
+            os.replace(temporary, path)
+        sync_folder(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _new_name(temporary: Path, path: Path) -> None:
+    """Gives a file a name that nothing has.
+
+    Raises:
+        FileExistsError: something has it.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(temporary, path)
+
+
 def sync_folder(path: Path) -> None:
     """Makes a new name in the folder of a path last, where the file system knows of that: some on networks do not."""
     with contextlib.suppress(OSError):
@@ -148,7 +192,8 @@ def sync_folder(path: Path) -> None:
             os.close(descriptor)
 
 
-def _line(number: int, operations: Sequence[Operation]) -> bytes:
+def line_of(number: int, operations: Sequence[Operation]) -> bytes:
+    """A commit as a line of a journal."""
     text = json.dumps([number, operations], separators=(",", ":"), default=_plain).encode()
     return b"%08x %b\n" % (zlib.crc32(text), text)
 
@@ -178,7 +223,7 @@ def array_of(stored: Any) -> np.ndarray:
     return np.frombuffer(base64.b64decode(stored["float64"]), "<f8").reshape(stored["shape"])
 
 
-def _parsed(contents: bytes) -> Iterator[tuple[int, int, list[Operation]]]:
+def parsed(contents: bytes) -> Iterator[tuple[int, int, list[Operation]]]:
     """Of each whole commit where it ends, its number and its operations; up to the first that is not whole."""
     at = 0
     while (end := contents.find(b"\n", at)) >= 0:
@@ -259,7 +304,7 @@ def _owner(descriptor: int) -> str:
 def _told(descriptor: int) -> dict[str, Any] | None:
     """Who wrote the first line, if it says so."""
     first = os.pread(descriptor, _LONGEST_OWNER, 0).partition(b"\n")[0]
-    for _, _, operations in _parsed(first + b"\n"):
+    for _, _, operations in parsed(first + b"\n"):
         for operation in operations:
             match operation:
                 case ["owner", {"host": str(host), "process": int(process)}]:

@@ -3,10 +3,12 @@ gone on with here."""
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
+import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +28,7 @@ from fasttrain.heldout import Keeper
 from fasttrain.machine import available_bytes, conditions, cores, resolve_device
 from fasttrain.models.matching import matched
 from fasttrain.plan import Plan, Trained, default_n_max, make_plan, most_steps
-from fasttrain.records import Curvature, History, Outcome, Probe, ProbeResult, Problem
+from fasttrain.records import Curvature, History, Outcome, Probe, ProbeResult, Problem, Saved
 from fasttrain.search import Limits, Search, Stage, raced
 from fasttrain.spec import ARCHITECTURES, ScanSpec, Variant, budget_steps, budget_text, early_tells
 from fasttrain.stopping import StopRules
@@ -406,6 +408,53 @@ def check_same(prepared: Prepared, before: Results, own: Sequence[Problem] | Non
     if different:
         told = ", ".join(f"{name} was {before.attrs.get(name)}" for name in different)
         warnings.warn(f"the last bits of new runs may differ from those of an unbroken scan: {told}", stacklevel=3)
+
+
+def identity(spec: ScanSpec, earlier: Sequence[ScanSpec], stated: Mapping[str, object]) -> str:
+    """What a run under way is of, so that it goes on bit for bit nowhere else.
+
+    Args:
+        spec: of the scan.
+        earlier: what it was asked for before it was extended.
+        stated: its conditions, as ``stated_conditions`` gives them.
+    """
+    names = ("fasttrain_version", *_SAME, *_ALIKE)
+    text = [[one.to_json() for one in (*earlier, spec)], {name: stated.get(name) for name in names}]
+    return hashlib.sha256(json.dumps(text).encode()).hexdigest()
+
+
+_OF_ANY_RUN = {"step", "checks", "clock"}
+"""Names in ``records.Saved`` that no backend adds."""
+
+
+def sound(prepared: Prepared, saved: Mapping[Probe, Saved]) -> bool:
+    """Whether runs under way have all that their backends need to go on with them, and nothing else."""
+    fresh: dict[int, Saved] = {}
+    for probe, arrays in saved.items():
+        if not 0 <= probe.variant < len(prepared.problems) or probe.n < 1:
+            return False
+        problem = prepared.problems[probe.variant]
+        if probe.variant not in fresh:
+            backend = prepared.make_backend(prepared.setting, prepared.bucket(problem.variant))
+            [fresh[probe.variant]] = backend.saved(backend.init([Run.of(prepared.setting, problem, probe)]))
+        if not _OF_ANY_RUN <= arrays.keys():
+            return False
+        rules = StopRules.of(prepared.setting.spec, problem.variant, probe.n, probe.short)
+        step, checks, clock = (arrays[name] for name in ("step", "checks", "clock"))
+        if step.shape != () or step.dtype.kind != "i" or not 0 <= step < rules.steps:
+            return False
+        if checks.shape != (int(step) // rules.check_every, 2) or not np.isfinite(checks).all():
+            return False
+        if clock.shape != (3,) or not (np.isfinite(clock) & (clock >= 0)).all():
+            return False
+        begun = {name: values for name, values in arrays.items() if name not in _OF_ANY_RUN}
+        wanted = {name: values for name, values in fresh[probe.variant].items() if name not in _OF_ANY_RUN}
+        # What an optimizer makes at its first step is not there before.
+        if not wanted.keys() <= begun.keys() or any(
+            (begun[name].shape, begun[name].dtype) != (values.shape, values.dtype) for name, values in wanted.items()
+        ):
+            return False
+    return True
 
 
 def stored_results(results: Results) -> list[ProbeResult]:

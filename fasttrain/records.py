@@ -129,6 +129,12 @@ class ProbeResult:
         return self.outcome is Outcome.FITTED
 
 
+Saved = Mapping[str, np.ndarray]
+"""A run under way, as arrays from which it goes on bit for bit: its ``step``; its ``checks`` so far, float64 [K, 2],
+mean loss and samples not strictly right; its ``clock``, float64 [3], seconds: after the start of the scan when it took
+a slot, in training, and after the start when it was saved; and what its backend adds."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM while a scan ran; all that finished is kept."""
 

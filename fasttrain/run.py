@@ -1,5 +1,6 @@
 """The loop that joins search, trainer and store."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fasttrain import models
+from fasttrain import checkpoints, models
 from fasttrain.analysis import Results, load
 from fasttrain.backends.apart import Processes
 from fasttrain.curvature import check as check_curvature
@@ -22,14 +23,16 @@ from fasttrain.heldout import Keeper
 from fasttrain.prepare import (
     Prepared,
     check_same,
+    identity,
     make_search,
     numerics,
     prepare,
     same_value,
+    sound,
     stated_conditions,
     stored_results,
 )
-from fasttrain.records import Estimate, Probe, ProbeResult
+from fasttrain.records import Estimate, Probe, ProbeResult, Saved
 from fasttrain.schema import SCHEMA_VERSION
 from fasttrain.search import Search
 from fasttrain.signals import Interrupts
@@ -39,6 +42,7 @@ from fasttrain.trainer import Trainer
 
 _REPORT_SECONDS = 0.25
 _COMMIT_SECONDS = 1.0
+_CHECKPOINT_SHARE = 0.05  # of the time, that checkpoints may take at most
 _RATE_WINDOW_SECONDS = 5.0
 _LOOKED_AT = 16  # runs whose parameters are held until their curvature is measured, of each shape under way
 
@@ -95,6 +99,7 @@ def scan(
     save_weights: bool = False,
     curvature: int = 0,
     time_limit: float | None = None,
+    checkpoint: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Results:
     """Measures EMC50 of every variant of a spec.
@@ -111,6 +116,9 @@ def scan(
             other number.
         time_limit: seconds after which the scan is stopped as by Ctrl-C, but without an exception: its ``status`` is
             ``"interrupted"``.
+        checkpoint: seconds between two times that the runs under way are put on the disk too, beside ``out``, so that
+            ``resume`` goes on with them instead of from their start; for runs that take long. Also done where the time
+            limit stops the scan. None for never.
         on_progress: called a few times a second from the calling thread.
 
     Raises:
@@ -119,7 +127,10 @@ def scan(
         KeyboardInterrupt: on Ctrl-C; every finished probe is in ``out``, and ``resume`` goes on from there.
         Terminated: likewise, on SIGTERM.
     """
-    check_time_limit(time_limit)
+    check_seconds("time_limit", time_limit)
+    check_seconds("checkpoint", checkpoint)
+    if checkpoint is not None and out is None:
+        raise UserError("checkpoint", checkpoint, "is for a scan with a file; give out")
     if not isinstance(curvature, int) or isinstance(curvature, bool) or curvature < 0:
         raise UserError("curvature", curvature, "expected a whole number of runs, 0 or more")
     if out is not None:
@@ -140,7 +151,12 @@ def scan(
     with numerics(prepared), Interrupts() as interrupts:
         with interrupts.deferred():
             store.begin(spec, prepared.problems, {**stated, "slots": prepared.slots})
-        _Scan(spec, prepared, store, interrupts, on_progress, save_weights, curvature, time_limit).run()
+            if out is not None:
+                checkpoints.drop(out)
+        own = identity(spec, (), stated)
+        _Scan(
+            spec, prepared, store, interrupts, on_progress, save_weights, curvature, time_limit, checkpoint, own
+        ).run()
     return Results.from_memory(store) if isinstance(store, MemoryStore) else load(store.path)
 
 
@@ -149,17 +165,20 @@ def resume(
     *,
     spec: ScanSpec | None = None,
     time_limit: float | None = None,
+    checkpoint: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Results:
     """Goes on with a scan that was killed, interrupted or stopped by its time limit.
 
     Its probes, results and estimates are then those of a scan that nobody stopped, bit for bit on the same hardware.
-    Runs that were under way are made again from their start. Of a complete file nothing is changed.
+    Runs that were under way are made again from their start, or from the last checkpoint if there is one. Of a complete
+    file nothing is changed.
 
     Args:
         path: its file.
         spec: what the file must have been asked for, if that is to be checked.
         time_limit: as of ``scan``.
+        checkpoint: as of ``scan``.
         on_progress: as of ``scan``.
 
     Raises:
@@ -168,7 +187,8 @@ def resume(
         KeyboardInterrupt: as of ``scan``.
         Terminated: as of ``scan``.
     """
-    check_time_limit(time_limit)
+    check_seconds("time_limit", time_limit)
+    check_seconds("checkpoint", checkpoint)
     path = Path(path)
     before = load(path)
     if spec is not None and spec != before.spec:
@@ -183,6 +203,12 @@ def resume(
     prepared = prepare(spec)
     check_same(prepared, before)
     with numerics(prepared), Interrupts() as interrupts:
+        own = identity(spec, before.earlier, stated_conditions(prepared))
+        begun = checkpoints.kept(path, own)
+        if begun is None or not sound(prepared, begun):
+            where = checkpoints.checkpoint_path(path)
+            warnings.warn(f"{where} is damaged, or of another scan or installation: runs start again", stacklevel=2)
+            begun = {}
         with interrupts.deferred():
             store = HDF5Store.reopened(path)
             store.continue_with(spec, prepared.problems)
@@ -195,6 +221,9 @@ def resume(
             bool(before.attrs.get("save_weights", 0)),
             int(before.attrs.get("curvature_runs", 0)),
             time_limit,
+            checkpoint,
+            own,
+            begun=begun,
             # Read again: the file is ours only now.
             stored=stored_results(load(path)),
             earlier=before.earlier,
@@ -203,14 +232,14 @@ def resume(
     return load(path)
 
 
-def check_time_limit(time_limit: float | None) -> None:
-    """Whether a time can be a limit.
+def check_seconds(name: str, seconds: float | None) -> None:
+    """Whether an option can be a time.
 
     Raises:
         UserError: it cannot.
     """
-    if time_limit is not None and not time_limit > 0.0:
-        raise UserError("time_limit", time_limit, "expected a time above 0")
+    if seconds is not None and not seconds > 0.0:
+        raise UserError(name, seconds, "expected a time above 0")
 
 
 def _differing(spec: ScanSpec, held: ScanSpec) -> str:
@@ -234,6 +263,9 @@ class _Scan:
     save_weights: bool
     curvature: int
     time_limit: float | None = None
+    checkpoint: float | None = None  # seconds between two
+    identity: str = ""
+    begun: dict[Probe, Saved] = field(default_factory=dict)  # that an earlier part of the scan left under way
     stored: list[ProbeResult] = field(default_factory=list)  # by an earlier part of the scan
     earlier: tuple[ScanSpec, ...] = ()  # before it was extended
     search: Search = field(init=False)
@@ -242,7 +274,7 @@ class _Scan:
     search_seconds: float = 0.0
     done: int = 0
     committed: int = 0
-    stored_steps: int = 0
+    steps: int = 0  # of all runs that have ended
     unwritten: list[ProbeResult] = field(default_factory=list)
     ended: list[ProbeResult] = field(default_factory=list)  # in the order of their rows, if curvature is to be measured
     to_measure: int = 0
@@ -250,16 +282,19 @@ class _Scan:
     curvature_seconds: float = 0.0
     written_at: float = 0.0
     reported_at: float = 0.0
+    next_checkpoint: float = math.inf
     rate: deque[tuple[float, int]] = field(default_factory=deque)
 
     def run(self) -> None:
         """Until the search is done, or Ctrl-C; the store is complete and closed afterwards."""
         spec, problems = self.spec, self.prepared.problems
         earlier = max((result.finished for result in self.stored), default=0.0)
+        earlier = max([earlier, *(float(saved["clock"][-1]) for saved in self.begun.values())])
         self.begin = time.perf_counter() - earlier
 
         self.search = make_search(spec, problems, self.earlier)
         prepared = self.prepared
+        known = {result.probe for result in self.stored}
         processes = Processes(prepared.workers) if prepared.apart else None
         self.trainer = Trainer(
             prepared.setting,
@@ -270,19 +305,27 @@ class _Scan:
             bucket=prepared.bucket,
             keeper=Keeper(prepared.setting, self.save_weights),
             elapsed=earlier,
+            begun={probe: saved for probe, saved in self.begun.items() if probe not in known},
         )
         self._searching(self.search.tell, self.stored)
         self.done = self.committed = len(self.stored)
         if self.curvature:
             self.ended = list(self.stored)
-        self.stored_steps = sum(result.steps for result in self.stored)
+        self.steps = sum(result.steps for result in self.stored)
         self.stored = []
+        self.begun = {}
         late = math.inf if self.time_limit is None else time.perf_counter() + self.time_limit
+        if self.checkpoint is not None:
+            self.next_checkpoint = time.perf_counter() + self.checkpoint
         status = "interrupted"
         try:
             while not self.search.done:
                 if time.perf_counter() >= late:
+                    if self.checkpoint is not None:
+                        self._keep_running()
                     break
+                if time.perf_counter() >= self.next_checkpoint:
+                    self._keep_running()
                 self.trainer.submit(self._searching(self.search.ask))
                 self._take(self.trainer.advance())
                 self.interrupts.check()
@@ -298,6 +341,8 @@ class _Scan:
                     self.trainer.close()
                     self._commit()
                     self.store.finish(status, self._summary())
+                    if status == "complete" and isinstance(self.store, HDF5Store):
+                        checkpoints.drop(self.store.path)
                 finally:
                     self.store.close()
         self._report(finished=True)
@@ -316,11 +361,25 @@ class _Scan:
             if self.curvature:
                 self.ended.extend(dataclasses.replace(result, weights=None) for result in results)
             self.done += len(results)
+            self.steps += sum(result.steps for result in results)
             self._searching(self.search.tell, results)
         if self.unwritten and now - self.written_at >= _COMMIT_SECONDS:
             with self.interrupts.deferred():
                 self._commit()
         self._report_at_times()
+
+    def _keep_running(self) -> None:
+        """Puts the runs under way on the disk."""
+        assert isinstance(self.store, HDF5Store)
+        assert self.checkpoint is not None
+        begin = time.perf_counter()
+        results, running = self.trainer.saved()
+        self._take(results)
+        # A disk that is too full for it may have room later; what has finished does not depend on it.
+        with self.interrupts.deferred(), contextlib.suppress(OSError):
+            checkpoints.keep(self.store.path, self.identity, running)
+        end = time.perf_counter()
+        self.next_checkpoint = end + max(self.checkpoint, (end - begin) / _CHECKPOINT_SHARE)
 
     def _measure(self) -> None:
         """The curvature of some runs of each variant, which are trained once more: their parameters are gone."""
@@ -390,7 +449,7 @@ class _Scan:
         seconds = time.perf_counter() - self.begin
         load = self.trainer.load
         return {
-            "model_steps": self.stored_steps + load.model_steps,
+            "model_steps": self.steps,
             "launches": load.launches,
             "memory_retreats": load.retreats,
             "occupancy": load.occupancy,

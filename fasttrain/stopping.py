@@ -113,6 +113,10 @@ class Monitor:
         self._errors = (wrong / n).tolist()
         self._best = np.minimum.accumulate(losses).tolist()
 
+    def checks(self, n: int) -> np.ndarray:
+        """The checks so far, as ``record`` takes them: float64 [K, 2], losses and samples not strictly right."""
+        return np.column_stack([np.array(self._losses), np.rint(np.array(self._errors) * n)]).reshape(-1, 2)
+
     def _flat(self, step: int) -> bool:
         half = bisect.bisect_right(self._steps, step / 2) - 1
         best = self._best[-1]

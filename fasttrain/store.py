@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from fasttrain.errors import UserError
-from fasttrain.journal import Journal, Operation, array_of, read_commits, sync_folder
+from fasttrain.journal import Journal, Operation, array_of, read_commits, replace_file
 from fasttrain.records import Curvature, Estimate, ProbeResult, Problem
 from fasttrain.schema import (
     CURVATURE,
@@ -374,26 +374,14 @@ class HDF5Store(_TableStore):
     @contextlib.contextmanager
     def _replacing(self, fresh: bool) -> Iterator[h5py.File]:
         """A new file, or a copy of the one there is, which takes its name once the block is left without an error."""
-        # Of one name, since there is one writer: what a kill leaves is replaced by the next snapshot.
-        temporary = self.path.with_name(f".{self.path.name[:200]}.next")
-        try:
-            # In memory: HDF5 on a disk that is full complains of each object that it cannot write, on standard error.
-            with io.BytesIO(b"" if fresh else self.path.read_bytes()) as image:
-                # What HDF5 1.10 and netCDF-4 read.
-                with h5py.File(image, "w" if fresh else "r+", libver=("earliest", "v110"), track_order=True) as file:
-                    yield file
-                with open(temporary, "wb") as written:
-                    written.write(image.getbuffer())
-                    written.flush()
-                    os.fsync(written.fileno())
-            if fresh and not self._overwrite:
-                _new_name(temporary, self.path)
-            else:
-                os.replace(temporary, self.path)
-            sync_folder(self.path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+        # In memory: HDF5 on a disk that is full complains of each object that it cannot write, on standard error.
+        with io.BytesIO(b"" if fresh else self.path.read_bytes()) as image:
+            # What HDF5 1.10 and netCDF-4 read.
+            with h5py.File(image, "w" if fresh else "r+", libver=("earliest", "v110"), track_order=True) as file:
+                yield file
+            # Beside it under one name, since there is one writer: what a kill leaves is replaced by the next snapshot.
+            temporary = self.path.with_name(f".{self.path.name[:200]}.next")
+            replace_file(temporary, self.path, [image.getbuffer()], new=fresh and not self._overwrite)
 
 
 COMMITS = "commits"
@@ -503,21 +491,6 @@ def _set_attributes(file: h5py.File, attributes: Mapping[str, Attribute]) -> Non
     for name, value in attributes.items():
         text = isinstance(value, str)
         file.attrs.modify(name, np.array(value, dtype=h5py.string_dtype() if text else None))
-
-
-def _new_name(temporary: Path, path: Path) -> None:
-    """Gives a file a name that nothing has.
-
-    Raises:
-        FileExistsError: something has it.
-    """
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        os.replace(temporary, path)
 
 
 def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fasttrain.backends.base import Backend, Report, Run, Setting
 from fasttrain.errors import UserError
 from fasttrain.heldout import Keeper
 from fasttrain.machine import free_memory, out_of_memory
 from fasttrain.plan import bucket
-from fasttrain.records import Probe, ProbeResult, Problem
+from fasttrain.records import Probe, ProbeResult, Problem, Saved
 from fasttrain.spec import Variant
 
 MakeBackend = Callable[[Setting, Variant], Backend[Any]]
@@ -90,6 +92,7 @@ class Trainer:
         bucket: the key of the bucket of a variant; itself a variant.
         keeper: looks at the parameters of runs before they leave.
         elapsed: seconds of the scan before this.
+        begun: runs that go on from where they were, once they are submitted.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class Trainer:
         bucket: Callable[[Variant], Variant] = bucket,
         keeper: Keeper | None = None,
         elapsed: float = 0.0,
+        begun: Mapping[Probe, Saved] | None = None,
     ) -> None:
         self.load = Load()
         self.slots = slots
@@ -118,6 +122,8 @@ class Trainer:
         self._waiters = concurrent.futures.ThreadPoolExecutor(_WAITING_THREADS, thread_name_prefix="fasttrain-waits")
         self._working: dict[concurrent.futures.Future[tuple[Report, float]], _Group] = {}
         self._origin = time.perf_counter() - elapsed
+        self._begun = dict(begun or {})
+        self._resting = False  # groups are kept back after their turn
         self._started: dict[Probe, float] = {}
         self._seconds: dict[Probe, float] = {}
 
@@ -147,6 +153,11 @@ class Trainer:
             wait = 0.0
         else:
             wait = None
+        return results + self._collected(wait)
+
+    def _collected(self, wait: float | None) -> list[ProbeResult]:
+        """The results of workers that have ended their turn, after so many seconds at most."""
+        results: list[ProbeResult] = []
         if self._working:
             done, _ = concurrent.futures.wait(self._working, wait, concurrent.futures.FIRST_COMPLETED)
             for future in done:
@@ -157,6 +168,25 @@ class Trainer:
                         group.checks *= 2
                     results += self._settle(group, report, took)
         return results
+
+    def saved(self) -> tuple[list[ProbeResult], dict[Probe, Saved]]:
+        """Every run under way, as it is once all turns have ended, and the results that came meanwhile."""
+        results: list[ProbeResult] = []
+        self._resting = True
+        while self._working:
+            results += self._collected(None)
+        self._resting = False
+        found: dict[Probe, Saved] = {}
+        now = time.perf_counter() - self._origin
+        for group in self._turn:
+            for run, saved in zip(group.state.runs, group.backend.saved(group.state), strict=True):
+                clock = np.array([self._started[run.probe], self._seconds[run.probe], now])
+                found[run.probe] = saved | {"clock": clock}
+        groups, self._turn = self._turn, deque()
+        for group in groups:
+            self._dispatch(group)
+        # Those that wait for a slot, to go on where an earlier part of the scan left them.
+        return results, found | self._begun
 
     @contextlib.contextmanager
     def _retreating(self, key: _Key, runs: Sequence[Run]) -> Iterator[None]:
@@ -232,7 +262,7 @@ class Trainer:
         )
 
     def _dispatch(self, group: _Group) -> None:
-        if not group.backend.in_threads:
+        if self._resting or not group.backend.in_threads:
             self._turn.append(group)
         else:
             pool = self._pool if group.backend.lanes == 1 else self._waiters
@@ -249,9 +279,10 @@ class Trainer:
         for _ in range(min(len(self._waiting), self.slots - self.running)):
             probe = self._waiting.popleft()
             problem = self._problems[probe.variant]
-            self._started[probe] = time.perf_counter() - self._origin
-            self._seconds[probe] = 0.0
-            run = Run.of(self._setting, problem, probe)
+            begun = self._begun.pop(probe, None)
+            clock = (time.perf_counter() - self._origin, 0.0) if begun is None else begun["clock"].tolist()
+            self._started[probe], self._seconds[probe] = clock[:2]
+            run = Run.of(self._setting, problem, probe, begun)
             new.setdefault(self._lane(self._bucket(problem.variant), new), []).append(run)
         for key, runs in new.items():
             backend = self._backend(key)

@@ -66,6 +66,21 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Begun:
+    """A model in training, to go on with.
+
+    Attributes:
+        step: steps taken.
+        rows: its parameters and each array of optimizer state, as ``Models.rows`` gives them.
+        checks: float64 [K, 2], what its checks have found.
+    """
+
+    step: int
+    rows: Sequence[np.ndarray]
+    checks: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Model:
     """A model to be trained.
 
@@ -80,6 +95,7 @@ class Model:
         budget: steps after which it ends.
         check_every: steps between its checks.
         plateau_after: steps from which on a check may call it flat.
+        begun: where it goes on, if it is not to start.
     """
 
     width: int
@@ -92,6 +108,7 @@ class Model:
     budget: int
     check_every: int
     plateau_after: int
+    begun: "Begun | None" = None
 
     @property
     def checks(self) -> int:
@@ -229,7 +246,7 @@ class Models:
     # ---- models come and go ----
 
     def add(self, models: Sequence[Model]) -> None:
-        """Models at step 0, behind the others."""
+        """Models behind the others, at step 0 or where they have begun."""
         c = self.config
         before = [arena.tensor.data_ptr() for arena in self._arenas()]
         table = np.zeros((len(models), _FIELDS), dtype=np.int64)
@@ -242,7 +259,7 @@ class Models:
             row[: _FLAT_AFTER + 1] = (
                 place.width, place.n, place.batch, place.room,
                 place.params[0], place.acts[0], place.rows[0], place.drawn[0],
-                *model.key, a, -(-place.n // a), 12 if place.n > 6 else 24, 0, 0,
+                *model.key, a, -(-place.n // a), 12 if place.n > 6 else 24, model.begun.step if model.begun else 0, 0,
                 model.budget, model.check_every, model.plateau_after,
             )  # fmt: skip
             rate[:3] = model.rates
@@ -261,7 +278,8 @@ class Models:
             else:
                 free.remove(k)
             slot = self._slots[k]
-            slot.place, slot.begun, slot.budget, slot.every = place, 0, model.budget, model.check_every
+            slot.place, slot.begun = place, model.begun.step if model.begun else 0
+            slot.budget, slot.every = model.budget, model.check_every
             added.append(k)
         self._order += added
         if len(self._slots) > len(self._table):
@@ -283,6 +301,11 @@ class Models:
         self._table[where] = torch.as_tensor(table, device=self._device)
         self._rates[where] = torch.as_tensor(rates, device=self._device).to(self._dtype)
         self._history[where] = math.nan
+        for k, model in zip(added, models, strict=True):
+            if model.begun is not None:
+                known = model.begun.checks
+                known = np.column_stack([known, np.minimum.accumulate(known[:, 0])])
+                self._history[k, : len(known)] = torch.as_tensor(known, device=self._device)
 
     def keep(self, positions: Sequence[int]) -> None:
         """Leaves only the models at these positions, in this order. Their slots wait for others."""
@@ -308,6 +331,11 @@ class Models:
             self._plan()
         elif gone:
             self._table[torch.as_tensor(gone, device=self._device), _STOPPED] = 1
+
+    def rows(self, position: int) -> list[np.ndarray]:
+        """The parameters of a model and each array of its optimizer state, [P], as they are kept."""
+        at, size = self._place(self._order[position]).params
+        return [arena.tensor[at : at + size].cpu().numpy().copy() for arena in (self._params, *self._state)]
 
     def weights(self, position: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(W [O, I], b [O]) of every layer of a model, float64."""
@@ -342,14 +370,14 @@ class Models:
         flat = [np.zeros((fan_in + 1, pitch(fan_out))) for fan_in, fan_out in self._layers(model.width)]
         for block, (w, b) in zip(flat, model.weights, strict=True):
             block[:-1, : len(b)], block[-1, : len(b)] = w.T, b
-        params = torch.as_tensor(np.concatenate([block.ravel() for block in flat]))
-        size = params.numel()
+        params = np.concatenate([block.ravel() for block in flat])
+        size = len(params)
         at = self._params.take(size)
-        self._params.tensor[at : at + size] = params.to(self._device, self._dtype)
-        for arena in self._state:
-            same = arena.take(size)
+        begin = model.begun.rows if model.begun is not None else (params, *[np.zeros(size)] * len(self._state))
+        for arena, values in zip((self._params, *self._state), begin, strict=True):
+            same = at if arena is self._params else arena.take(size)
             assert same == at  # they are asked for the same sizes in the same order
-            arena.tensor[at : at + size] = 0
+            arena.tensor[at : at + size] = torch.as_tensor(values).to(self._device, self._dtype)
         rows = self._rows.take(n)
         labels = self._labels.take(n)
         assert labels == rows

@@ -21,7 +21,7 @@ LAYERS = [
     {"errors", "activations", "kernels", "factories", "journal"},
     {"spec"},
     {"records"},
-    {"schema"},
+    {"schema", "checkpoints"},
     {"sampling", "data", "models", "ensemble", "optim", "stopping"},
     {"plan", "search", "designs", "store", "estimate", "estimators", "machine", "analysis"},
     {"measured"},

@@ -23,11 +23,12 @@ import numpy as np
 import torch
 
 from fasttrain.backends.base import Backend, Report, Run, Setting
-from fasttrain.records import Probe, Problem
+from fasttrain.records import Probe, Problem, Saved
 from fasttrain.spec import Variant
 
 _SERVE = "import sys; from fasttrain.backends.apart import serve; serve(int(sys.argv[1]))"
 
+_Made = tuple[str, Setting, Variant]  # of a backend: its name, and what it is made with
 _Order = tuple[str, Any]  # ("init" or "insert", problems and probes) or ("select", positions)
 
 
@@ -130,7 +131,8 @@ class ApartBackend:
     def run(self, state: ApartState, until_step: int) -> Report:
         """See ``Backend``."""
         orders, state.orders = state.orders, []
-        report, state.clock, state.parameters = self._worker.ask((self._made, state.number, orders, until_step))
+        asked = (self._made, state.number, orders, until_step)
+        report, state.clock, state.parameters = self._worker.ask(("run", *asked))
         return report
 
     def select(self, state: ApartState, keep: Sequence[int]) -> ApartState:
@@ -149,9 +151,15 @@ class ApartBackend:
         """See ``Backend``."""
         return state.parameters[position]
 
+    def saved(self, state: ApartState) -> list[dict[str, np.ndarray]]:
+        """See ``Backend``."""
+        orders, state.orders = state.orders, []
+        saved: list[dict[str, np.ndarray]] = self._worker.ask(("saved", self._made, state.number, orders))
+        return saved
 
-def _identity(runs: Sequence[Run]) -> list[tuple[Problem, Probe]]:
-    return [(run.problem, run.probe) for run in runs]
+
+def _identity(runs: Sequence[Run]) -> list[tuple[Problem, Probe, Saved | None]]:
+    return [(run.problem, run.probe, run.taken()) for run in runs]
 
 
 def serve(descriptor: int) -> None:
@@ -168,7 +176,8 @@ def serve(descriptor: int) -> None:
             return
         answer: tuple[bool, object]
         try:
-            answer = True, held.do(*request)
+            what, *asked = request
+            answer = True, (held.run if what == "run" else held.saved)(*asked)
         except Exception:  # whatever it is, it is told to who asked
             answer = False, traceback.format_exc()
         connection.send(answer)
@@ -181,10 +190,25 @@ class _Held:
         self._backends: dict[tuple[str, Variant], Backend[Any]] = {}
         self._states: dict[int, Any] = {}
 
-    def do(
-        self, made: tuple[str, Setting, Variant], number: int, orders: Sequence[_Order], until_step: int
+    def run(
+        self, made: _Made, number: int, orders: Sequence[_Order], until_step: int
     ) -> tuple[Report, int, dict[int, dict[str, np.ndarray]]]:
         """Follows orders on a state and steps it: the report, the clock, and the parameters of runs that ended."""
+        backend, state = self._followed(made, number, orders)
+        begin = time.perf_counter()
+        report = backend.run(state, until_step)
+        report = Report(report.ended, report.model_steps, report.check_seconds, seconds=time.perf_counter() - begin)
+        parameters = {position: backend.parameters(state, position) for position, _ in report.ended}
+        if len(report.ended) == len(state.runs):
+            del self._states[number]
+        return report, state.clock, parameters
+
+    def saved(self, made: _Made, number: int, orders: Sequence[_Order]) -> list[dict[str, np.ndarray]]:
+        """Follows orders on a state, and gives what its runs go on from."""
+        backend, state = self._followed(made, number, orders)
+        return backend.saved(state)
+
+    def _followed(self, made: _Made, number: int, orders: Sequence[_Order]) -> tuple[Backend[Any], Any]:
         from fasttrain.backends import make_backend
 
         name, setting, variant = made
@@ -196,13 +220,7 @@ class _Held:
             if order == "select":
                 state = backend.select(state, what)
                 continue
-            runs = [Run.of(setting, problem, probe) for problem, probe in what]
+            runs = [Run.of(setting, *one) for one in what]
             state = backend.init(runs) if order == "init" else backend.insert(state, runs)
-        begin = time.perf_counter()
-        report = backend.run(state, until_step)
-        report = Report(report.ended, report.model_steps, report.check_seconds, seconds=time.perf_counter() - begin)
-        parameters = {position: backend.parameters(state, position) for position, _ in report.ended}
         self._states[number] = state
-        if len(report.ended) == len(state.runs):
-            del self._states[number]
-        return report, state.clock, parameters
+        return backend, state

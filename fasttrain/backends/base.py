@@ -9,7 +9,7 @@ import torch
 
 from fasttrain.data import Task, task
 from fasttrain.models import draw_weights
-from fasttrain.records import Outcome, Probe, ProbeResult, Problem
+from fasttrain.records import Outcome, Probe, ProbeResult, Problem, Saved
 from fasttrain.sampling import minibatches, order_key
 from fasttrain.spec import ScanSpec, Variant
 from fasttrain.stopping import Monitor, StopRules
@@ -50,6 +50,7 @@ class Run:
         monitor: its checks, with the budget and the cadence that are its own.
         step: optimizer steps taken.
         batch_loss: mean loss of the minibatch of the last step before its update, in nats; for tests and logs.
+        begun: where it goes on, until a backend has taken it in; None for one that starts.
     """
 
     problem: Problem
@@ -59,18 +60,33 @@ class Run:
     monitor: Monitor
     step: int = 0
     batch_loss: float = field(default=float("nan"))
+    begun: Saved | None = None
 
     @classmethod
-    def of(cls, setting: Setting, problem: Problem, probe: Probe) -> "Run":
-        """A run about to start."""
+    def of(cls, setting: Setting, problem: Problem, probe: Probe, begun: Saved | None = None) -> "Run":
+        """A run about to start, or to go on from where ``Backend.saved`` found it."""
         spec, variant = setting.spec, problem.variant
-        return cls(
+        run = cls(
             problem=problem,
             probe=probe,
             task=task(spec, variant.labels, variant.classes, probe.seed, probe.n, variant.inputs),
             key=order_key(spec.seed, probe.seed, probe.n),
             monitor=Monitor(StopRules.of(spec, variant, probe.n, probe.short)),
+            begun=begun,
         )
+        if begun is not None:
+            run.step = int(begun["step"])
+            run.monitor.record(begun["checks"][:, 0], begun["checks"][:, 1], probe.n)
+        return run
+
+    def saved(self) -> dict[str, np.ndarray]:
+        """What any backend's ``saved`` has of a run."""
+        return {"step": np.array(self.step), "checks": self.monitor.checks(self.probe.n)}
+
+    def taken(self) -> Saved | None:
+        """``begun``, which is not kept."""
+        begun, self.begun = self.begun, None
+        return begun
 
     def initial_weights(self, setting: Setting) -> dict[str, np.ndarray]:
         """Its initial parameters, float64, by name."""
@@ -197,7 +213,7 @@ class Backend(Protocol, Generic[S]):
     lanes: int
 
     def init(self, runs: Sequence[Run]) -> S:
-        """A state with these runs at step 0; at least one."""
+        """A state with these runs, at step 0 or where they have begun; at least one."""
 
     def run(self, state: S, until_step: int) -> Report:
         """Steps all runs, checking each on its whole training set where its rules say so.
@@ -210,7 +226,10 @@ class Backend(Protocol, Generic[S]):
         """The state with the runs at these positions only, in this order; at least one. The given one is used up."""
 
     def insert(self, state: S, runs: Sequence[Run]) -> S:
-        """The state with these runs, at step 0, behind the others. The given one is used up."""
+        """The state with these runs, as of ``init``, behind the others. The given one is used up."""
 
     def parameters(self, state: S, position: int) -> dict[str, np.ndarray]:
         """The parameters of one run as they are now, float64, by name."""
+
+    def saved(self, state: S) -> list[dict[str, np.ndarray]]:
+        """Of each run all that ``init`` and ``insert`` need to go on with it, in the types that it trains in."""

@@ -12,6 +12,7 @@ from fasttrain.backends import oracle_optimizers
 from fasttrain.backends.base import Report, Run, Setting
 from fasttrain.models import build, input_shape
 from fasttrain.optim import lr_factor
+from fasttrain.records import Saved
 from fasttrain.spec import FULL_BATCH, Variant
 
 
@@ -19,7 +20,7 @@ from fasttrain.spec import FULL_BATCH, Variant
 class _Trained:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    scheduler: torch.optim.lr_scheduler.LambdaLR | None
     x: torch.Tensor  # [N, ...], as the module takes it
     y: torch.Tensor  # [N]
 
@@ -51,12 +52,34 @@ def _optimizer(variant: Variant, model: torch.nn.Module) -> torch.optim.Optimize
 
 def _scheduler(
     variant: Variant, steps: int, optimizer: torch.optim.Optimizer
-) -> torch.optim.lr_scheduler.LRScheduler | None:
+) -> torch.optim.lr_scheduler.LambdaLR | None:
     if variant.schedule == "constant" and not variant.warmup:
         return None
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: lr_factor(variant.schedule, variant.warmup, steps, done)
     )
+
+
+def _go_on(
+    begun: Saved,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR | None,
+) -> None:
+    """Puts back what ``LoopBackend.saved`` took out."""
+    state = model.state_dict()
+    model.load_state_dict({name: torch.as_tensor(begun[f"model {name}"]) for name in state})
+    for number, parameter in enumerate(model.parameters()):
+        for key, value in begun.items():
+            if key.startswith(f"optimizer {number} "):
+                name = key.split(" ", 2)[2]
+                whole = value.dtype.kind == "i"  # a number of Python's: tensors of optimizers are floats
+                moved = torch.as_tensor(value).to("cpu" if name == "step" else parameter.device)
+                optimizer.state[parameter][name] = int(value) if whole else moved
+    if scheduler is not None:
+        scheduler.last_epoch = int(begun["step"])
+        for group, rate, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = rate * factor(scheduler.last_epoch)
 
 
 class LoopBackend:
@@ -82,10 +105,13 @@ class LoopBackend:
         assert not set(missing) & dict(model.named_parameters()).keys()
         x = torch.as_tensor(run.task.inputs())
         optimizer = _optimizer(variant, model)
+        scheduler = _scheduler(variant, run.monitor.rules.steps, optimizer)
+        if (begun := run.taken()) is not None:
+            _go_on(begun, model, optimizer, scheduler)
         return _Trained(
             model=model,
             optimizer=optimizer,
-            scheduler=_scheduler(variant, run.monitor.rules.steps, optimizer),
+            scheduler=scheduler,
             x=x.to(setting.device, setting.dtype).view(-1, *input_shape(variant, setting.in_shape)),
             y=torch.as_tensor(run.task.y, device=setting.device),
         )
@@ -160,3 +186,16 @@ class LoopBackend:
         model = state.trained[position].model
         kept = [*model.named_parameters(), *model.named_buffers()]  # running averages, where there are any
         return {name: p.detach().double().cpu().numpy() for name, p in kept}
+
+    def saved(self, state: LoopState) -> list[dict[str, np.ndarray]]:
+        """See ``Backend``."""
+        out = []
+        for run, trained in zip(state.runs, state.trained, strict=True):
+            kept: dict[str, object] = {f"model {name}": p for name, p in trained.model.state_dict().items()}
+            for number, parameter in enumerate(trained.model.parameters()):
+                for name, value in trained.optimizer.state.get(parameter, {}).items():
+                    if value is not None:
+                        kept[f"optimizer {number} {name}"] = value
+            arrays = {name: torch.as_tensor(value).detach().cpu().numpy().copy() for name, value in kept.items()}
+            out.append(run.saved() | arrays)
+        return out

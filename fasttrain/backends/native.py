@@ -83,6 +83,13 @@ class NativeBackend:
                 at += size
         return out
 
+    def saved(self, state: NativeState) -> list[dict[str, np.ndarray]]:
+        """See ``Backend``."""
+        return [
+            run.saved() | {"params": model.params.copy(), "optimizer": model.state.copy()}
+            for run, model in zip(state.runs, state.models, strict=True)
+        ]
+
     def run(self, state: NativeState, until_step: int) -> Report:
         """See ``Backend``."""
         model_steps, checking = 0, 0.0
@@ -126,6 +133,7 @@ class NativeBackend:
             activation=native.ACTIVATIONS.index(_activation(variant)),
             optimizer=list(native.OPTIMIZERS).index(variant.optimizer),
             n=run.probe.n,
+            step=run.step,
             key=run.key,
             lr=variant.lr,
             momentum=variant.momentum,
@@ -137,9 +145,13 @@ class NativeBackend:
         params = native.zeros(size, self._dtype)
         state = native.zeros(size * native.OPTIMIZERS[variant.optimizer], self._dtype)
         struct.params, struct.state = params.ctypes.data, state.ctypes.data
-        drawn = run.initial_weights(self._setting)
-        flat = np.concatenate([value.ravel() for value in drawn.values()])
-        self._library.pack(ctypes.byref(struct), flat.ctypes.data)
+        begun = run.taken()
+        if begun is not None:
+            params[:], state[:] = begun["params"], begun["optimizer"]
+        else:
+            drawn = run.initial_weights(self._setting)
+            flat = np.concatenate([value.ravel() for value in drawn.values()])
+            self._library.pack(ctypes.byref(struct), flat.ctypes.data)
         return _Model(struct, params, state, (pool, rows, labels))
 
     def _space(self, struct: native.Model) -> int:

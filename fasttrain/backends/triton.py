@@ -81,6 +81,17 @@ class TritonBackend:
             out[f"layers.{layer}.weight"], out[f"layers.{layer}.bias"] = weight, bias
         return out
 
+    def saved(self, state: TritonState) -> list[dict[str, np.ndarray]]:
+        """See ``Backend``."""
+        positions = range(len(state.runs))
+        out = []
+        for run, position, checks in zip(state.runs, positions, state.models.history(positions), strict=True):
+            params, *optimizer = state.models.rows(position)
+            kept = {"params": params} | {f"optimizer{k}": rows for k, rows in enumerate(optimizer)}
+            # The kernels keep the checks: the monitor learns of them at the end.
+            out.append(run.saved() | {"checks": checks} | kept)
+        return out
+
     def run(self, state: TritonState, until_step: int) -> Report:
         """Steps all runs until ``state.clock`` is ``until_step``; one that a check ends stands still from there on."""
         left = max(run.monitor.rules.steps - run.step for run in state.runs)
@@ -108,6 +119,11 @@ class TritonBackend:
     def _model(self, run: Run) -> fused.Model:
         variant, rules = run.problem.variant, run.monitor.rules
         drawn = list(run.initial_weights(self._setting).values())
+        saved = run.taken()
+        begun = None
+        if saved is not None:
+            names = ["params", *(f"optimizer{k}" for k in range(fused.OPTIMIZERS[variant.optimizer]))]
+            begun = fused.Begun(run.step, [saved[name] for name in names], saved["checks"])
         return fused.Model(
             width=variant.width,
             inputs=run.task.standardised(np.float64 if run.task.shift is None else self._numpy_type),
@@ -119,6 +135,7 @@ class TritonBackend:
             budget=rules.steps,
             check_every=rules.check_every,
             plateau_after=rules.plateau_after,
+            begun=begun,
         )
 
 

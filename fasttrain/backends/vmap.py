@@ -86,8 +86,16 @@ class VmapBackend:
 
     def init(self, runs: Sequence[Run]) -> VmapState:
         """See ``Backend``."""
-        rows = np.stack([self._layout.pack(run.initial_weights(self._setting)) for run in runs])
-        stack = Stack.of(self._tensor(rows), self._optimizer.state_sizes)
+        begun = [run.taken() for run in runs]
+        rows = [
+            self._layout.pack(run.initial_weights(self._setting)) if saved is None else saved["params"].astype(float)
+            for run, saved in zip(runs, begun, strict=True)
+        ]
+        stack = Stack.of(self._tensor(np.stack(rows)), self._optimizer.state_sizes)
+        for row, saved in enumerate(begun):
+            if saved is not None:
+                for number, tensor in enumerate(stack.optim):
+                    tensor[row] = self._tensor(saved[f"optimizer{number}"])
         return self._state(list(runs), stack.take(range(len(runs))), clock=0)
 
     def select(self, state: VmapState, keep: Sequence[int]) -> VmapState:
@@ -104,6 +112,15 @@ class VmapBackend:
         """See ``Backend``."""
         views = self._layout.views(state.stack.params)
         return {name: view[position].double().cpu().numpy() for name, view in views.items()}
+
+    def saved(self, state: VmapState) -> list[dict[str, np.ndarray]]:
+        """See ``Backend``."""
+        kept = {"params": state.stack.params.cpu().numpy()}
+        kept |= {f"optimizer{number}": rows.cpu().numpy() for number, rows in enumerate(state.stack.optim)}
+        return [
+            run.saved() | {name: rows[position].copy() for name, rows in kept.items()}
+            for position, run in enumerate(state.runs)
+        ]
 
     def run(self, state: VmapState, until_step: int) -> Report:
         """See ``Backend``."""

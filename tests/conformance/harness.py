@@ -26,12 +26,12 @@ class Bench:
         self.backend = make_backend(backend, self.setting, self.variants[0])
         self.ns, self.seeds = ns, range(len(ns)) if seeds is None else seeds
 
-    def runs(self, which) -> list[Run]:
+    def runs(self, which, begun=None) -> list[Run]:
         out = []
         for k in which:
             index = k % len(self.variants)
             problem = Problem(index, self.variants[index], 1, 1, 10**6)
-            out.append(Run.of(self.setting, problem, Probe(index, self.ns[k], self.seeds[k])))
+            out.append(Run.of(self.setting, problem, Probe(index, self.ns[k], self.seeds[k]), begun and begun.get(k)))
         return out
 
     def parameters(self, state, position: int) -> np.ndarray:

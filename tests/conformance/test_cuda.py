@@ -133,6 +133,21 @@ def test_company_order_and_slot_change_no_bit_of_triton(precision, whole):
         np.testing.assert_array_equal(bench.parameters(state, position), expected[k])
 
 
+@DRIVERS
+def test_runs_of_triton_go_on_from_where_they_were(whole):
+    """What a checkpoint keeps of runs, taken in by another state in other company."""
+    bench = made("triton", torch.float32, whole, widths=WIDTHS, check_every=10)
+    expected = finals(bench, 30)
+    state = bench.backend.init(bench.runs([0, 1]))
+    bench.backend.run(state, 13)
+    saved = dict(enumerate(bench.backend.saved(state)))
+    other = made("triton", torch.float32, whole, widths=WIDTHS, check_every=10)
+    state = other.backend.insert(other.backend.init(other.runs([1], saved)), other.runs([2, 0], saved))
+    other.backend.run(state, 17)
+    for position, k in ((0, 1), (2, 0)):
+        np.testing.assert_array_equal(other.parameters(state, position), expected[k])
+
+
 @pytest.mark.parametrize("fields", CASES, ids=str)
 def test_the_drivers_are_equal_bit_for_bit(fields):
     for a, b in zip(

@@ -117,6 +117,38 @@ def test_company_order_slot_and_driver_change_no_bit(fields, monkeypatch):
             np.testing.assert_array_equal(final(bench, state, position), expected[k])
 
 
+@pytest.mark.parametrize(("fields", "whole"), [(INVARIANT[0].values[0], True), (INVARIANT[1].values[0], False)])
+def test_runs_go_on_from_where_they_were(fields, whole, monkeypatch):
+    """Saved between two checks, from runs of different ages; taken in by another state, in another order."""
+    force(monkeypatch, whole)
+    short = {"steps": 5, "check_every": 2, "early_stop": False}
+
+    def ended(bench, state, until):
+        report = bench.backend.run(state, until)
+        return {r.probe.seed: (r, bench.parameters(state, position)) for position, r in report.ended}
+
+    bench = bench_of("triton", fields, torch.float32, **short)
+    wanted = ended(bench, bench.backend.init(bench.runs([0, 1])), 5)
+    state = bench.backend.init(bench.runs([0]))
+    bench.backend.run(state, 1)
+    state = bench.backend.insert(state, bench.runs([1]))
+    bench.backend.run(state, 3)
+    saved = dict(enumerate(bench.backend.saved(state)))
+    assert [int(one["step"]) for one in saved.values()] == [3, 2]
+    assert [len(one["checks"]) for one in saved.values()] == [1, 1]
+    assert {one["params"].dtype for one in saved.values()} == {np.dtype("float32")}
+    other = bench_of("triton", fields, torch.float32, **short)
+    state = other.backend.insert(other.backend.init(other.runs([1], saved)), other.runs([0], saved))
+    found = ended(other, state, 3)
+    assert found.keys() == wanted.keys() == {0, 1}
+    for seed, (result, parameters) in wanted.items():
+        mine, values = found[seed]
+        assert (mine.outcome, mine.steps) == (result.outcome, 5)
+        np.testing.assert_array_equal(mine.history.step, [2, 4, 5])
+        np.testing.assert_array_equal(mine.history.train_loss, result.history.train_loss)
+        np.testing.assert_array_equal(values, parameters)
+
+
 def test_full_batches_in_any_company():
     bench = bench_of("triton", {"batch_size": "full", "depths": 1}, torch.float32)
     state = bench.backend.init(bench.runs([2, 0]))
