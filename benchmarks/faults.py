@@ -9,7 +9,9 @@ import contextlib
 import os
 import random
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -49,7 +51,8 @@ class Tally:
         faults: how many there were, by kind.
         scans: that were brought to their end.
         lost: probes that were said to be kept and were not found.
-        unopened: files that did not open after a fault.
+        unopened: files that did not open after a fault, in h5py, fasttrain or h5dump.
+        dumped: that h5dump was asked to print.
         different: scans that did not end as an unbroken one.
         notes: what was wrong, a line each.
     """
@@ -58,6 +61,7 @@ class Tally:
     scans: int = 0
     lost: int = 0
     unopened: int = 0
+    dumped: int = 0
     different: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -196,8 +200,11 @@ def _inspect(path: Path, said: int, tally: Tally) -> None:
     try:
         with h5py.File(path) as file:
             snapshot = len(file["probes/n"])
+        if dump := shutil.which("h5dump"):
+            tally.dumped += 1
+            subprocess.run([dump, str(path)], check=True, capture_output=True)
         found = len(fasttrain.load(path).probes)
-    except (OSError, KeyError, fasttrain.UserError) as error:
+    except (OSError, KeyError, fasttrain.UserError, subprocess.CalledProcessError) as error:
         tally.unopened += 1
         tally.notes.append(str(error))
         return
@@ -268,6 +275,7 @@ def main(kills: int, seed: int) -> tuple[dict[str, object], bool]:
         "scans": tally.scans,
         "probes_lost": tally.lost,
         "files_that_did_not_open": tally.unopened,
+        "files_printed_by_h5dump": tally.dumped,
         "scans_that_ended_otherwise": tally.different,
         "seconds": round(time.monotonic() - begin, 1),
     }

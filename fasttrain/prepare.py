@@ -437,7 +437,7 @@ def sound(prepared: Prepared, saved: Mapping[Probe, Saved]) -> bool:
         if probe.variant not in fresh:
             backend = prepared.make_backend(prepared.setting, prepared.bucket(problem.variant))
             [fresh[probe.variant]] = backend.saved(backend.init([Run.of(prepared.setting, problem, probe)]))
-        if not _OF_ANY_RUN <= arrays.keys():
+        if not arrays.keys() >= _OF_ANY_RUN:
             return False
         rules = StopRules.of(prepared.setting.spec, problem.variant, probe.n, probe.short)
         step, checks, clock = (arrays[name] for name in ("step", "checks", "clock"))
