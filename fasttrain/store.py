@@ -375,13 +375,13 @@ class HDF5Store(_TableStore):
     def _replacing(self, fresh: bool) -> Iterator[h5py.File]:
         """A new file, or a copy of the one there is, which takes its name once the block is left without an error."""
         # In memory: HDF5 on a disk that is full complains of each object that it cannot write, on standard error.
-        with io.BytesIO(b"" if fresh else self.path.read_bytes()) as image:
-            # What HDF5 1.10 and netCDF-4 read.
-            with h5py.File(image, "w" if fresh else "r+", libver=("earliest", "v110"), track_order=True) as file:
-                yield file
-            # Beside it under one name, since there is one writer: what a kill leaves is replaced by the next snapshot.
-            temporary = self.path.with_name(f".{self.path.name[:200]}.next")
-            replace_file(temporary, self.path, [image.getbuffer()], new=fresh and not self._overwrite)
+        image = io.BytesIO(b"" if fresh else self.path.read_bytes())
+        # What HDF5 1.10 and netCDF-4 read.
+        with h5py.File(image, "w" if fresh else "r+", libver=("earliest", "v110"), track_order=True) as file:
+            yield file
+        # Beside it under one name, since there is one writer: what a kill leaves is replaced by the next snapshot.
+        temporary = self.path.with_name(f".{self.path.name[:200]}.next")
+        replace_file(temporary, self.path, [image.getbuffer()], new=fresh and not self._overwrite)
 
 
 COMMITS = "commits"

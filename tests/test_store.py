@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -445,6 +446,32 @@ def test_budgets_are_kept_in_steps_where_these_are_known(
     assert curves["budget"].tolist() == [budget] * 2
     assert curves["steps_budget"].tolist() == of_curves
     assert probes["steps_budget"].tolist() == of_probes
+
+
+def test_a_disk_without_room_for_a_copy_leaves_file_and_journal(path: Path) -> None:
+    """What was committed stays, and a later copy has it."""
+    store = HDF5Store(path, overwrite=False)
+    store.begin(SPEC, PROBLEMS, CONDITIONS)
+    file = path.read_bytes()
+    store.append([result(0)])
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(file) // 2, limit[1]))
+        with pytest.raises(OSError, match="too large"):
+            store._snapshot()
+        assert path.read_bytes() == file
+        store.append([result(1)])
+        assert len(load(path).probes) == 2
+        store.close()
+        with pytest.raises(UserError, match=r"cannot be written \(File too large\)"):
+            HDF5Store.reopened(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    HDF5Store.reopened(path).close()
+    with h5py.File(path) as held:
+        assert len(held["probes/n"]) == 2
+    assert sorted(each.name for each in path.parent.iterdir()) == [path.name, journal_path(path).name]
 
 
 def test_the_document_lists_the_columns_of_a_file(path: Path) -> None:
