@@ -3,8 +3,10 @@
 import gc
 import os
 import platform
+import re
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -61,6 +63,41 @@ def keeps_models_apart(device: torch.device) -> bool:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Peak:
+    """The most memory that this process has taken on a device since, beyond what it had then.
+
+    On CUDA it is what torch's allocator counts, on a CPU what Linux counts: resident pages, so that a figure of less
+    than some MiB says little.
+
+    Raises:
+        OSError: when made; this system does not tell.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is what there is now
+            self._before = _peak_resident()
+
+    @property
+    def bytes(self) -> int:
+        """Memory in bytes."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        return _peak_resident() - self._before
+
+
+def _peak_resident() -> int:
+    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+    if found is None:
+        raise OSError("no VmHWM in /proc/self/status")
+    return 1024 * int(found[1])
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -20,6 +20,7 @@ _SHAMPOO_RATIO = 16  # numbers of all statistics over parameters, where the shap
 _PASS_ROWS = 128
 _LINE_BYTES = 64
 _GRADIENT_NUMBERS = 48 * 3 * 16  # of native, where a step takes one pass
+_PLENTY = 0.25  # of the memory; up to this the estimates decide
 _CHECK_BYTES = 160  # of what is kept of a check while a run lasts
 
 
@@ -170,6 +171,22 @@ def probe_bytes(
     return sum(_parts(problem, spec, info, item, device, backend).values())
 
 
+def bytes_beyond(problem: Problem, spec: ScanSpec, info: DataInfo, item: int, n: int) -> int:
+    """The part of ``probe_bytes`` that grows with the steps, and that of samples beyond n, in bytes."""
+    drawn = available(info, problem.variant.labels, problem.variant.inputs) is None
+    a_sample = 16 + (info.features * (8 + 3 * item) if drawn else 0)
+    return sum(_parts_of_steps(problem, spec).values()) + (problem.n_max - n) * a_sample
+
+
+def _parts_of_steps(problem: Problem, spec: ScanSpec) -> dict[str, int]:
+    steps = most_steps(problem, spec)
+    block = min(spec.check_every, steps)
+    checks = -(-steps // spec.check_every)
+    if spec.budget is not None:
+        checks = max(checks, min(steps, 2 * CHECKS))  # every floor(steps / CHECKS) steps: fewer than twice as many
+    return {"indices": 4 * 8 * block * problem.variant.batch_size, "checks": _CHECK_BYTES * checks}
+
+
 def _parts(
     problem: Problem, spec: ScanSpec, info: DataInfo, item: int, device: str, backend: str = ""
 ) -> dict[str, int]:
@@ -184,18 +201,12 @@ def _parts(
     numbers = _ROWS * problem.params + state + 2 * activations
     if backend == "native":
         numbers = max(numbers, _native_numbers(variant, info.features, item))
-    steps = most_steps(problem, spec)
-    block = min(spec.check_every, steps)
-    checks = -(-steps // spec.check_every)
-    if spec.budget is not None:
-        checks = max(checks, min(steps, 2 * CHECKS))  # every floor(steps / CHECKS) steps: fewer than twice as many
     drawn = available(info, variant.labels, variant.inputs) is None
     own_data = problem.n_max * info.features * (8 + 3 * item) if drawn or backend == "loop" else 0
     return {
         "model": item * numbers,
         "samples": 2 * 8 * problem.n_max + own_data,
-        "indices": 4 * 8 * block * variant.batch_size,
-        "checks": _CHECK_BYTES * checks,
+        **_parts_of_steps(problem, spec),
     }
 
 
@@ -224,13 +235,29 @@ class Plan:
 
     Attributes:
         slots: probes that train at once.
-        model_bytes: estimated peak of one slot, in bytes.
-        data_bytes: what all of them share, in bytes.
+        model_bytes: peak of one slot, in bytes; estimated, or measured where memory is what limits the slots.
+        data_bytes: what all of them share, in bytes; estimated.
+        most: slots that there would be with plenty of memory.
+        available: bytes that may be taken.
+        costliest: the variant that takes ``model_bytes``.
     """
 
     slots: int
     model_bytes: int
     data_bytes: int
+    most: int
+    available: int
+    costliest: Trained
+
+    @property
+    def tight(self) -> bool:
+        """Whether memory may matter: an estimate that is wrong by some factor would change the slots."""
+        return self.most * self.model_bytes + self.data_bytes > _PLENTY * self.available
+
+    def measured(self, model_bytes: int) -> "Plan":
+        """The plan with what a slot really takes."""
+        slots = min(self.most, max(self.available - self.data_bytes, 0) // max(model_bytes, 1))
+        return dataclasses.replace(self, slots=slots, model_bytes=model_bytes)
 
     @property
     def memory_bytes(self) -> int:
@@ -269,9 +296,20 @@ def make_plan(
     largest, culprit = max(needs, key=lambda pair: pair[0])
     shared = copies * data_bytes(trained, info, item, device)
     most = _MOST_SLOTS[device] if workers is None else _SLOTS_OF_WORKER * workers
-    slots = min(most, (available - shared) // max(largest, 1))
-    if slots < 2:
-        free = f"and {available / 2**30:,.1f} GiB are free"
+    plan = Plan(0, 0, shared, most, available, culprit).measured(largest)
+    check_plan(plan, spec, info, device)
+    return plan
+
+
+def check_plan(plan: Plan, spec: ScanSpec, info: DataInfo, device: str) -> None:
+    """Whether at least two models train at once, the least that do.
+
+    Raises:
+        UserError: they do not; it names what makes them large.
+    """
+    if plan.slots < 2:
+        largest, shared, culprit = plan.model_bytes, plan.data_bytes, plan.costliest
+        free = f"and {plan.available / 2**30:,.1f} GiB are free"
         if shared > 2 * largest:
             taken = f"{spec.data} takes about {shared / 2**30:,.1f} GiB for these labels and inputs"
             raise UserError("data", spec.data, f"{taken}, {free}; expected less data, or fewer of them")
@@ -282,7 +320,6 @@ def make_plan(
             f"a model of {culprit.problem.params:,} parameters takes about {2 * largest / 2**30:,.1f} GiB to train, "
             f"{free}; expected a smaller one",
         )
-    return Plan(slots, largest, shared)
 
 
 def _culprit(problem: Problem, spec: ScanSpec, info: DataInfo, device: str) -> tuple[str, object]:

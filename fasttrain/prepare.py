@@ -25,17 +25,29 @@ from fasttrain.data import DataInfo, check, provenance
 from fasttrain.designs import design_of, n_range, probes_of
 from fasttrain.errors import UserError
 from fasttrain.heldout import Keeper
-from fasttrain.machine import available_bytes, conditions, cores, resolve_device
+from fasttrain.machine import (
+    Peak,
+    available_bytes,
+    conditions,
+    cores,
+    free_memory,
+    out_of_memory,
+    resolve_device,
+)
 from fasttrain.models.matching import matched
-from fasttrain.plan import Plan, Trained, default_n_max, make_plan, most_steps
+from fasttrain.plan import Plan, Trained, bytes_beyond, check_plan, default_n_max, make_plan, most_steps
 from fasttrain.records import Curvature, History, Outcome, Probe, ProbeResult, Problem, Saved
 from fasttrain.search import Limits, Search, Stage, raced
-from fasttrain.spec import ARCHITECTURES, ScanSpec, Variant, budget_steps, budget_text, early_tells
+from fasttrain.spec import ARCHITECTURES, FULL_BATCH, ScanSpec, Variant, budget_steps, budget_text, early_tells
 from fasttrain.stopping import StopRules
 from fasttrain.trainer import Trainer
 
 # A probe of the default scan takes about this share of its budget.
 _LIKELY_SHARE = 0.6
+# Models whose memory is measured: fewer than two take another path, and the first bring what all share.
+_LEAST_TRIED, _MOST_TRIED = 2, 6
+_SOME_SAMPLES = 1024
+_LEAST_SHARE = 0.25
 _APART_STEPS = 20_000  # likely model-steps from which on processes of their own are worth their start of some seconds
 
 
@@ -213,7 +225,52 @@ def prepare(spec: ScanSpec) -> Prepared:
         workers=workers if set(backends) == {"native"} else None,
         copies=1 + workers if apart else 1,
     )
-    return Prepared(setting, problems, plan, tuple(backends), workers, apart, tuple(unmatched))
+    prepared = Prepared(setting, problems, plan, tuple(backends), workers, apart, tuple(unmatched))
+    if not plan.tight or (model_bytes := _model_bytes(prepared)) is None:
+        return prepared
+    measured = plan.measured(model_bytes)
+    check_plan(measured, spec, info, device.type)
+    return dataclasses.replace(prepared, plan=measured)
+
+
+def _model_bytes(prepared: Prepared) -> int | None:
+    """Memory of a slot with the costliest variant, by training two models and some more for a step and a check.
+
+    What is small and exact is taken from the estimate: what grows with the steps, and samples beyond some where passes
+    take a part of them at once. Resident pages are a rough measure, and so no less than a part of the estimate counts.
+    None where the system does not tell what a process takes, or where hardly two models are estimated to fit.
+    """
+    tried = _LEAST_TRIED, min(_MOST_TRIED, prepared.plan.slots)
+    if tried[1] <= tried[0]:
+        return None
+    setting, problem = prepared.setting, prepared.plan.costliest.problem
+    steps = problem.variant.warmup + 2
+    at_once = prepared.chosen(problem.variant) == "loop" or problem.variant.batch_size == FULL_BATCH
+    n = problem.n_max if at_once else min(problem.n_max, max(_SOME_SAMPLES, problem.n_min))
+    spec = dataclasses.replace(setting.spec, budget=None, steps=steps, check_every=1, early_stop=False)
+    short = dataclasses.replace(setting, spec=spec)
+    try:
+        peak = Peak(setting.device)
+    except OSError:
+        return None
+    used = []
+    with numerics(prepared):
+        for models_now in tried:
+            backend = prepared.make_backend(short, prepared.bucket(problem.variant))
+            runs = [Run.of(short, problem, Probe(problem.index, n, k)) for k in range(models_now)]
+            try:
+                backend.run(backend.init(runs), 1)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                return prepared.plan.available  # not even these
+            finally:
+                del backend, runs
+                free_memory(setting.device)
+            used.append(peak.bytes)
+    more = bytes_beyond(problem, setting.spec, check(setting.spec), setting.dtype.itemsize, n)
+    found = max(used[1] - used[0], 0) // (tried[1] - tried[0]) + more
+    return max(found, round(_LEAST_SHARE * prepared.plan.model_bytes))
 
 
 def _problems(spec: ScanSpec, info: DataInfo) -> tuple[list[Problem], list[str]]:

@@ -238,7 +238,8 @@ def test_every_option_reaches_the_spec(scanned):
     spec, keywords = scanned[0]
     assert spec == ScanSpec(**values)
     assert {*values, "budget"} == {field.name for field in dataclasses.fields(ScanSpec)}
-    flags = {"overwrite": True, "save_weights": False, "curvature": 0, "time_limit": None, "on_progress": None}
+    flags = {"overwrite": True, "save_weights": False, "curvature": 0, "on_progress": None}
+    flags |= {"time_limit": None, "checkpoint": None}
     assert keywords == {"out": "x.h5", **flags}
 
 

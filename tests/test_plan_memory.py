@@ -9,13 +9,16 @@ import pytest
 import torch
 
 import fasttrain
-from fasttrain import ScanSpec
+from fasttrain import ScanSpec, UserError
+from fasttrain.backends.base import Run
 from fasttrain.data import check, describe, prepare
 from fasttrain.kernels import native
+from fasttrain.machine import Peak
 from fasttrain.models import parameter_count
 from fasttrain.plan import probe_bytes
+from fasttrain.prepare import numerics
 from fasttrain.prepare import prepare as prepared
-from fasttrain.records import Problem
+from fasttrain.records import Probe, Problem
 from fasttrain.trainer import Trainer
 
 SAMPLES, FEATURES, TESTED = 4000, 400, 4000
@@ -126,3 +129,71 @@ def test_a_slot_holds_a_model_of_native_and_its_scratch(dtype, batch, width, dep
     library, item = native.library(dtype), np.dtype(dtype).itemsize
     elements = 3 * library.parameters_size(ctypes.byref(struct)) + library.scratch_size(ctypes.byref(struct))
     assert probe_bytes(problem, spec, info, item, backend="native") >= item * elements
+
+
+TIGHT = ScanSpec(widths=1024, depths=2, backend="stacked", data="gaussian:64", n_max=400, check_every=4)
+
+
+def test_where_memory_limits_the_slots_it_is_measured(monkeypatch):
+    """And so many models then take what the plan says."""
+    estimated = prepared(TIGHT).plan
+    assert not estimated.tight
+    monkeypatch.setattr("fasttrain.prepare.available_bytes", lambda device: 700 * 2**20)
+    one = prepared(TIGHT)
+    plan = one.plan
+    assert plan.tight
+    assert 2 <= plan.slots < estimated.slots
+    assert plan.model_bytes != estimated.model_bytes
+    gc.collect()
+    with numerics(one):
+        peak = Peak(one.setting.device)
+        [problem] = one.problems
+        backend = one.make_backend(one.setting, problem.variant)
+        state = backend.init([Run.of(one.setting, problem, Probe(0, 400, k)) for k in range(plan.slots)])
+        backend.run(state, one.setting.spec.check_every)
+        # Slots are replaced in parts, with both sets there for a moment.
+        state = backend.select(state, range(plan.slots - 1))
+        taken = peak.bytes
+    # The numbers of models that are stacked are few (ensemble.capacity): up to half as many again.
+    assert 0.5 * plan.memory_bytes < taken < 1.5 * plan.memory_bytes
+
+
+def test_where_memory_is_plenty_nothing_is_tried(monkeypatch):
+    def tried(device):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("fasttrain.prepare.Peak", tried)
+    assert prepared(TIGHT).plan.slots == 64
+    monkeypatch.setattr("fasttrain.prepare.available_bytes", lambda device: 700 * 2**20)
+    with pytest.raises(AssertionError, match="measured"):
+        prepared(TIGHT)
+
+
+def test_a_system_that_does_not_tell_leaves_the_estimate(monkeypatch):
+    def silent(device):
+        raise OSError("no such file")
+
+    monkeypatch.setattr("fasttrain.prepare.Peak", silent)
+    monkeypatch.setattr("fasttrain.prepare.available_bytes", lambda device: 700 * 2**20)
+    plan = prepared(TIGHT).plan
+    assert plan.model_bytes == probe_bytes(plan.costliest.problem, TIGHT, check(TIGHT), 4, "cpu", "stacked")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_models_that_do_not_fit_after_all_are_named(monkeypatch, error):
+    def full(self, state, until):
+        raise error
+
+    monkeypatch.setattr("fasttrain.backends.vmap.VmapBackend.run", full)
+    monkeypatch.setattr("fasttrain.prepare.available_bytes", lambda device: 700 * 2**20)
+    with pytest.raises(UserError, match=r"widths=1024: a model of .* parameters takes about .* GiB to train"):
+        prepared(TIGHT)
+
+
+def test_a_peak_counts_what_was_freed_again():
+    peak = Peak(torch.device("cpu"))
+    before = peak.bytes
+    one = torch.ones(64 * 2**18)
+    del one
+    assert 60 * 2**20 < peak.bytes - before < 80 * 2**20
+    assert Peak(torch.device("cpu")).bytes < 20 * 2**20
