@@ -309,6 +309,27 @@ def test_truncated_and_corrupted_files(tmp_path, rng, save, file):
         refused(tmp_path / f"flipped-{file}", "no whole .npz file")
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (4, 2",  # tokenize.TokenError
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (4, 2), {}: 1}",  # TypeError
+        "{'descr': '<f8', 'fortran_order': False}",
+        "[" * 3000,
+        "4 * 2",
+        "",
+    ],
+)
+def test_headers_of_arrays_that_are_none(tmp_path, header):
+    """numpy parses them as Python, and raises what that may raise."""
+    text = header.encode() + b"\n"
+    contents = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(64)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", contents)
+        archive.writestr("y.npy", contents)
+    refused(tmp_path / "a.npz", "")
+
+
 def test_no_pickle_is_read(tmp_path):
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:

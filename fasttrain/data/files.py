@@ -10,6 +10,7 @@ import csv
 import gzip
 import math
 import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -190,12 +191,15 @@ def _npy_header(
         raise UserError("data", name, f"{key} is compressed in another way than numpy does; expected numpy.savez")
     with archive.open(info) as stream:
         version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-        elif version == (2, 0):
-            shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
-        else:
+        if version not in ((1, 0), (2, 0)):
             raise UserError("data", name, f"{key} has a header of version {version}; expected numbers")
+        one = version == (1, 0)
+        reader = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
+        try:
+            shape, _, dtype = reader(stream)
+        except (tokenize.TokenError, TypeError, MemoryError, RecursionError) as error:
+            # numpy reads it as Python does, with what that may raise.
+            raise ValueError(f"header: {error}") from None
         at = stream.tell()
     if dtype.hasobject:
         raise UserError("data", name, f"{key} holds Python objects (a pickle), which are not read; expected numbers")
