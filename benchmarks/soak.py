@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from scipy import stats
 
 import fasttrain
 from fasttrain import ScanSpec
 
 _EVERY = 1.0  # seconds between two looks
+_PARTS = 16  # of the rest, of which the times are compared
 _WARM = 0.2  # share of the probes before which nothing is fitted: caches fill
 
 
@@ -18,9 +20,10 @@ def run(probes: int) -> dict[str, float]:
     """Scans so many probes, about, into a file.
 
     Returns:
-        ``probes``; ``seconds``; ``probes_per_second_first`` and ``_last``, of the second and of the last fifth;
-        ``mib_at_start`` and ``_at_end``, resident; ``bytes_a_probe``, the slope of a line through the resident memory
-        after the first fifth; ``file_mib``.
+        ``probes``; ``seconds``; ``slowdown``, by how much of itself the time of a probe grew from the first fifth to
+        the end, from a line through the times of equal parts, and ``slowdown_error``, its standard error;
+        ``mib_at_start`` and ``_at_end``, resident, of the same part; ``bytes_a_probe``, the slope of a line through
+        that; ``file_mib``.
     """
     variants, ns = 50, 20
     spec = ScanSpec(
@@ -50,16 +53,16 @@ def run(probes: int) -> dict[str, float]:
     at, done, resident = (np.array(column, dtype=float) for column in zip(*looks, strict=True))
     late = done >= _WARM * done[-1]
     slope = float(np.polyfit(done[late], resident[late], 1)[0])
-
-    def rate(low: float, high: float) -> float:
-        inside = (done >= low * done[-1]) & (done <= high * done[-1])
-        return float(np.ptp(done[inside]) / max(np.ptp(at[inside]), 1e-9))
+    edges = np.linspace(_WARM, 1.0, _PARTS + 1)
+    took = np.diff(np.interp(edges, done / done[-1], at))
+    fit = stats.linregress((edges[1:] + edges[:-1]) / 2, took)
+    grown = (1.0 - _WARM) / (fit.intercept + fit.slope * _WARM)
 
     return {
         "probes": int(done[-1]),
         "seconds": round(float(at[-1] - at[0]), 1),
-        "probes_per_second_first": round(rate(_WARM, 0.4)),
-        "probes_per_second_last": round(rate(0.8, 1.0)),
+        "slowdown": round(float(fit.slope * grown), 3),
+        "slowdown_error": round(float(fit.stderr * grown), 3),
         "mib_at_start": round(float(resident[late][0]) / 2**20, 1),
         "mib_at_end": round(float(resident[-1]) / 2**20, 1),
         "bytes_a_probe": round(slope, 1),

@@ -356,6 +356,10 @@ class _Verdict:
     early: bool
 
 
+_VERDICTS = {(fitted, early): _Verdict(fitted, early) for fitted in (False, True) for early in (False, True)}
+"""One object of each kind: a scan may have very many verdicts."""
+
+
 class _Told:
     """The verdicts told so far, by variant, n and seed."""
 
@@ -367,7 +371,7 @@ class _Told:
         probe, early = result.probe, False
         if self._run_steps is not None and result.fitted:
             early = result.fit_step <= self._run_steps(self._problems[probe.variant], probe.n, True)
-        verdict = _Verdict(result.fitted, early)
+        verdict = _VERDICTS[result.fitted, early]
         if self._verdicts.setdefault((probe.variant, probe.n, probe.seed), verdict) != verdict:
             raise ValueError(f"{probe} was told before with another verdict")
 

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import math
 import time
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import batching, gpu, peers, precision, profiles, tune, work
+from benchmarks import batching, gpu, peers, precision, profiles, soak, tune, work
 from benchmarks.__main__ import main
 from benchmarks.work import Case
 from fasttrain.kernels import configurations
@@ -179,3 +180,10 @@ def test_rounded_products_lose_what_their_bits_say():
         error = ((found - exact).square().mean() / exact.square().mean()).sqrt().item()
         assert unit / 16 < error < 8 * unit if name == "float32" else unit / 16 < error < 2 * unit
     assert (torch.bmm, torch.baddbmm) == kept
+
+
+def test_a_short_soak():
+    found = soak.run(3000)
+    assert found["probes"] == 3000
+    assert found["bytes_a_probe"] < 2**14
+    assert math.isfinite(found["slowdown"] + found["slowdown_error"])
