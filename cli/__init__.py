@@ -11,6 +11,7 @@ import click
 import fasttrain
 from fasttrain.cli.analyses import compare_command, fit_command
 from fasttrain.cli.datasets import data_commands
+from fasttrain.cli.figures import plot_command
 from fasttrain.cli.options import EXAMPLES, GroupedCommand, extension_options, given_fields, spec_options
 from fasttrain.cli.studies import study_commands
 from fasttrain.cli.tables import plain
@@ -327,6 +328,7 @@ def _merge(files: tuple[str, ...], out: str, overwrite: bool) -> int:
 
 _commands.add_command(compare_command)
 _commands.add_command(fit_command)
+_commands.add_command(plot_command)
 _commands.add_command(data_commands)
 _commands.add_command(study_commands)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fasttrain.estimators import estimates
     from fasttrain.extending import extend
     from fasttrain.merging import merge
+    from fasttrain.plots import plot
     from fasttrain.prepare import Preview, preview
     from fasttrain.records import Curvature, Outcome, Terminated
     from fasttrain.repeat import Rerun, rerun
@@ -50,6 +51,7 @@ _EXPORTS = {
     "fit_scaling": "fasttrain.scaling",
     "load": "fasttrain.analysis",
     "merge": "fasttrain.merging",
+    "plot": "fasttrain.plots",
     "preview": "fasttrain.prepare",
     "rerun": "fasttrain.repeat",
     "resume": "fasttrain.run",
@@ -76,6 +78,7 @@ __all__ = [
     "fit_scaling",
     "load",
     "merge",
+    "plot",
     "preview",
     "rerun",
     "resume",

@@ -20,6 +20,7 @@ from fasttrain.curvature import check as check_curvature
 from fasttrain.curvature import choose as choose_measured
 from fasttrain.errors import UserError
 from fasttrain.heldout import Keeper
+from fasttrain.journal import journal_path
 from fasttrain.prepare import (
     Prepared,
     check_same,
@@ -194,6 +195,9 @@ def resume(
     if spec is not None and spec != before.spec:
         raise UserError("spec", _differing(spec, before.spec), f"is not what {path} was asked for")
     if before.attrs.get("status") == "complete":
+        if journal_path(path).exists():  # killed in its last moment: all is there, but not all in the file
+            HDF5Store.reopened(path).leave()
+            return load(path)
         return before
     if before.attrs["schema_version"] != SCHEMA_VERSION:
         raise UserError(

@@ -266,11 +266,16 @@ class HDF5Store(_TableStore):
         store = cls(path, overwrite=True)
         try:
             store._journal = Journal(store.path, fresh=False)
+            with h5py.File(store.path, "r", locking=False) as file:
+                taken_in = _count(file.attrs.get(COMMITS, 0))
             with _image(store.path, store._journal.commits) as (file, commit):
                 store._commit = commit
                 store._rows = {group: len(file[f"{group}/{GROUPS[group][0].name}"]) for group in store._rows}
-            store._unsaved = [operations for number, operations in store._journal.commits if number > 0]
-            store._snapshot()
+            store._unsaved = [operations for number, operations in store._journal.commits if number > taken_in]
+            if store._unsaved:
+                store._snapshot()
+            else:
+                store._journal.clear()
         except OSError as error:
             store.close()
             raise UserError("out", path, f"cannot be written ({_line(error)})") from None

@@ -101,6 +101,34 @@ def test_a_complete_file_is_left_as_it_is(unbroken, capsys):
     assert not journal_path(unbroken.path).exists()
 
 
+@pytest.mark.parametrize("moment", ["before the last snapshot", "before the journal goes"])
+def test_killed_in_the_last_moment(tmp_path, monkeypatch, unbroken, moment):
+    """All is committed, the file may lack some of it, and a journal stands beside it: resume tidies up."""
+    path = tmp_path / "emc.h5"
+
+    class Killed(BaseException):
+        pass
+
+    def kill(self):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "_SNAPSHOT_SECONDS", 1e9)
+        if moment == "before the last snapshot":
+            patch.setattr(store_module.HDF5Store, "_snapshot", kill)
+        else:
+            patch.setattr("fasttrain.journal.Journal.remove", kill)
+        with pytest.raises(Killed):
+            fasttrain.scan(ScanSpec(**SMALL), out=path, save_weights=True, curvature=2)
+    assert journal_path(path).exists()
+    assert fasttrain.load(path).attrs["status"] == "complete"
+    assert_same(fasttrain.resume(path), unbroken)
+    assert [each.name for each in tmp_path.iterdir()] == ["emc.h5"]
+    with h5py.File(path) as file:
+        assert file.attrs["status"] == "complete"
+        assert len(file["probes/n"]) == len(unbroken.probes)
+
+
 def test_stopping_again_and_again_is_no_different(tmp_path, monkeypatch, unbroken):
     monkeypatch.setattr(module, "_REPORT_SECONDS", 0.0)
     path = tmp_path / "emc.h5"
