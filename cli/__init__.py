@@ -1,5 +1,6 @@
 """The command line: it reads options, calls the library and prints. Entry point ``main``."""
 
+import json
 import os
 import sys
 import time
@@ -11,7 +12,7 @@ import click
 import fasttrain
 from fasttrain.cli.analyses import compare_command, fit_command
 from fasttrain.cli.datasets import data_commands
-from fasttrain.cli.figures import plot_command
+from fasttrain.cli.figures import export_command, plot_command
 from fasttrain.cli.options import EXAMPLES, GroupedCommand, extension_options, given_fields, spec_options
 from fasttrain.cli.studies import study_commands
 from fasttrain.cli.tables import plain
@@ -245,6 +246,9 @@ def _extend(
     help="EMC50 at a smaller budget than the scan's, from its runs: 3000steps, 100epochs, 1e5samples.",
 )
 @click.option("--curvature", is_flag=True, help="The runs that scan --curvature looked at, instead.")
+@click.option("--select", "selection", multiple=True, metavar="NAME=VALUE", help="Of which variants: width=8,16.")
+@click.option("--sort", metavar="COLUMN", help="By a column of /curves, such as emc50; -emc50 for the largest first.")
+@click.option("--json", "as_json", is_flag=True, help="Print spec, conditions and variants as JSON, for scripts.")
 @click.option("--follow", is_flag=True, help="Print it again as a scan adds to the file, until that scan has ended.")
 def _show(
     file: str,
@@ -253,6 +257,9 @@ def _show(
     eps: str | None,
     budget: str | None,
     curvature: bool,
+    selection: tuple[str, ...],
+    sort: str | None,
+    as_json: bool,
     follow: bool,
 ) -> int:
     """Print the table of a finished, interrupted or killed scan again.
@@ -265,11 +272,25 @@ def _show(
         estimator = estimator or "emc50"
     if curvature and estimator is not None:
         raise fasttrain.UserError("curvature", "true", "shows another table than --estimator; give one of the two")
+    chosen = bool(selection or sort or as_json)
+    if chosen and (estimator is not None or curvature):
+        raise fasttrain.UserError(
+            "select" if selection else "sort" if sort else "json", "true", "goes with the table of EMC50 alone"
+        )
     if follow:
-        if estimator is not None or curvature:
+        if estimator is not None or curvature or chosen:
             raise fasttrain.UserError("follow", "true", "shows the table of estimates; give no other one with it")
         return _follow(file, losers)
     results = fasttrain.load(file)
+    if chosen:
+        from fasttrain.cli.tables import results_text
+
+        curves = fasttrain.variants(results, selection, sort or "")
+        if as_json:
+            click.echo(json.dumps(results.to_dict(curves), indent=2))
+        else:
+            click.echo(plain("\n".join(results_text(results, file, losers, curves))))
+        return 0
     if curvature:
         from fasttrain.cli.tables import curvature_text
 
@@ -329,6 +350,7 @@ def _merge(files: tuple[str, ...], out: str, overwrite: bool) -> int:
 _commands.add_command(compare_command)
 _commands.add_command(fit_command)
 _commands.add_command(plot_command)
+_commands.add_command(export_command)
 _commands.add_command(data_commands)
 _commands.add_command(study_commands)
 

@@ -1,11 +1,11 @@
-"""``fasttrain plot``: figures of one or several files."""
+"""``fasttrain plot`` and ``fasttrain export``: what leaves a file for papers and other programs."""
 
 from pathlib import Path
 
 import click
 
 import fasttrain
-from fasttrain.cli.tables import plain
+from fasttrain.cli.tables import count, plain
 
 _EXAMPLES = """\b
 Examples:
@@ -67,4 +67,31 @@ def plot_command(
         overwrite=overwrite,
     )
     click.echo(plain(f"{path}: {kind} of {', '.join(files)}"))
+    return 0
+
+
+_EXPORT_EXAMPLES = """\b
+Examples:
+  fasttrain export emc.h5 --out emc.csv
+  fasttrain export emc.h5 --table probes --select width=8,16 --out runs.parquet
+  fasttrain export emc.h5 --table history --out curves.jsonl
+"""
+
+
+@click.command("export", epilog=_EXPORT_EXAMPLES, short_help="Write a table as CSV, Parquet or JSON lines.")
+@click.argument("file")
+@click.option(
+    "--table",
+    default="curves",
+    show_default=True,
+    metavar="curves|probes|history|curvature",
+    help="Variants, training runs, their training curves, or their curvature.",
+)
+@click.option("--select", "selection", multiple=True, metavar="NAME=VALUE", help="Of which variants: width=8,16.")
+@click.option("--out", required=True, metavar="FILE", help="A .csv, .parquet or .jsonl file.")
+@click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
+def export_command(file: str, table: str, selection: tuple[str, ...], out: str, overwrite: bool) -> int:
+    """Write a table of a file as CSV, Parquet (with units and descriptions) or JSON lines."""
+    rows = fasttrain.export(fasttrain.load(file), out, table, selection=selection, overwrite=overwrite)
+    click.echo(plain(f"{out}: {count(rows, 'row')} of {table}"))
     return 0

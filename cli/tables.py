@@ -75,15 +75,19 @@ _LEFT = {
 }
 
 
-def results_text(results: "Results", path: str, losers: bool = False) -> list[str]:
+def results_text(
+    results: "Results", path: str, losers: bool = False, curves: "pandas.DataFrame | None" = None
+) -> list[str]:
     """The table of a scan, the conditions that it was measured under, and where it is kept.
 
     Args:
         results: what to show.
         path: of their file, to be named.
         losers: whether to show the learning rates that lost a race too.
+        curves: rows of its curves to show, all by default.
     """
-    return [_conditions(results), "", *curve_table(results.curves, losers), "", _source(results, path)]
+    shown = results.curves if curves is None else curves
+    return [_conditions(results, shown), "", *curve_table(shown, losers), "", _source(results, path)]
 
 
 def estimates_text(results: "Results", estimates: "pandas.DataFrame", path: str, losers: bool = False) -> list[str]:
@@ -121,9 +125,10 @@ def estimates_text(results: "Results", estimates: "pandas.DataFrame", path: str,
     ]
 
 
-def _conditions(results: "Results") -> str:
-    """What all variants were measured under."""
-    conditions = [results.spec.data, *shared_settings(results.curves.to_dict("records"))]
+def _conditions(results: "Results", curves: "pandas.DataFrame | None" = None) -> str:
+    """What all variants that are shown were measured under."""
+    rows = (results.curves if curves is None else curves).to_dict("records")
+    conditions = [results.spec.data, *shared_settings(rows)]
     conditions += [f"budget {results.spec.budget}"] if results.spec.budget is not None else []
     conditions += [] if results.spec.early_stop else ["no early stop"]
     conditions += [str(results.attrs[name]) for name in ("precision", "device", "backend") if results.attrs.get(name)]

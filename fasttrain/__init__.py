@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from fasttrain.comparison import Comparison, compare
     from fasttrain.errors import UserError
     from fasttrain.estimators import estimates
+    from fasttrain.exporting import export
     from fasttrain.extending import extend
+    from fasttrain.measured import variants
     from fasttrain.merging import merge
     from fasttrain.plots import plot
     from fasttrain.prepare import Preview, preview
@@ -47,6 +49,7 @@ _EXPORTS = {
     "Verdict": "fasttrain.claims",
     "compare": "fasttrain.comparison",
     "estimates": "fasttrain.estimators",
+    "export": "fasttrain.exporting",
     "extend": "fasttrain.extending",
     "fit_scaling": "fasttrain.scaling",
     "load": "fasttrain.analysis",
@@ -57,6 +60,7 @@ _EXPORTS = {
     "resume": "fasttrain.run",
     "scan": "fasttrain.run",
     "study": "fasttrain.claims",
+    "variants": "fasttrain.measured",
 }
 __all__ = [
     "Comparison",
@@ -74,6 +78,7 @@ __all__ = [
     "Verdict",
     "compare",
     "estimates",
+    "export",
     "extend",
     "fit_scaling",
     "load",
@@ -84,6 +89,7 @@ __all__ = [
     "resume",
     "scan",
     "study",
+    "variants",
 ]
 
 

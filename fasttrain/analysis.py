@@ -1,12 +1,14 @@
 """Reading what a scan has measured, from its file or from memory, as pandas DataFrames."""
 
 import contextlib
+import dataclasses
 import json
+import math
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -14,7 +16,7 @@ import pandas as pd
 
 from fasttrain.errors import UserError
 from fasttrain.journal import being_written
-from fasttrain.schema import CURVATURE, CURVES, HISTORY, PROBES, SCHEMA_VERSION, WEIGHTS, Block, Column
+from fasttrain.schema import CURVATURE, CURVES, GROUPS, HISTORY, PROBES, SCHEMA_VERSION, WEIGHTS, Block, Column
 from fasttrain.spec import ScanSpec, budget_text
 from fasttrain.store import COMMITS, MemoryStore, with_journal
 
@@ -22,6 +24,10 @@ EXTENDED_FROM = "extended_from"
 """Attribute of a scan that was extended: what its earlier specs have otherwise than the present one, JSON."""
 
 _CURVE_COLUMNS = HISTORY[1:]
+_PROBE = PROBES[0]
+if TYPE_CHECKING:
+    import xarray
+
 _ROWS_A_BYTE, _LEAST_BYTES = 100, 2**16  # rows that a byte of a file may hold: more than compression makes of it
 
 
@@ -112,6 +118,79 @@ class Results:
         if not found:
             raise UserError("probe", probe, "its weights were not kept; a scan with save_weights keeps those that fit")
         return found
+
+    def histories(self, probes: Sequence[int] | None = None) -> pd.DataFrame:
+        """The training curves of some probes, or of all, one under the other, read from the file when asked for.
+
+        Args:
+            probes: their indices; None for all.
+
+        Returns:
+            Columns ``probe`` (int64) and those of ``history``.
+
+        Raises:
+            UserError: as ``history``.
+        """
+        indices = range(len(self._first)) if probes is None else [self._index(probe) for probe in probes]
+        if not indices:
+            return _frame((_PROBE, *_CURVE_COLUMNS), {c.name: np.empty(0) for c in (_PROBE, *_CURVE_COLUMNS)})
+        first = min(int(self._first[i]) for i in indices)
+        last = max(int(self._first[i] + self._count[i]) for i in indices)
+        block = self._read_history(slice(first, last))
+        rows = np.concatenate([np.arange(self._first[i], self._first[i] + self._count[i]) for i in indices]) - first
+        probe = np.repeat(np.array(indices, dtype=np.int64), self._count[list(indices)])
+        return _frame((_PROBE, *_CURVE_COLUMNS), {"probe": probe, **{name: v[rows] for name, v in block.items()}})
+
+    def to_xarray(self, table: str = "curves") -> "xarray.Dataset":
+        """A table as labelled arrays, with the description and units of each.
+
+        Args:
+            table: ``"curves"`` over ``variant``, ``"probes"`` over ``probe``, ``"history"`` (all training curves) over
+                ``sample`` or ``"curvature"`` over ``row``.
+
+        Raises:
+            UserError: there is no such table, or xarray is not installed.
+        """
+        try:
+            import xarray
+        except ImportError as error:
+            raise UserError("table", table, f"xarray is missing ({error}); pip install xarray") from None
+        frame, columns = self.table(table)
+        index = GROUPS[table][0]
+        meaning = {
+            column.name: {"long_name": column.description, "units": column.units} for column in (index, *columns)
+        }
+        arrays = {name: (index.name, frame[name].to_numpy(), meaning[name]) for name in frame if name != index.name}
+        label = np.arange(len(frame))
+        return xarray.Dataset(arrays, {index.name: (index.name, label, meaning[index.name])}, self.attrs)
+
+    def to_dict(self, curves: pd.DataFrame | None = None) -> dict[str, Any]:
+        """Spec, conditions and variants as plain values for JSON; NaN and infinity are ``None``.
+
+        Args:
+            curves: rows of ``self.curves`` to take, in their order; all by default.
+        """
+        specs = [json.loads(spec.to_json()) for spec in (*self.earlier, self.spec)]
+        return {
+            "file": None if self.path is None else str(self.path),
+            "spec": specs[-1],
+            "earlier": specs[:-1],
+            "attributes": json_value(self.attrs),
+            "probes": len(self.probes),
+            "curves": json_value(self.curves if curves is None else curves),
+        }
+
+    def table(self, name: str) -> tuple[pd.DataFrame, tuple[Column, ...]]:
+        """A table of the file and what its columns mean.
+
+        Raises:
+            UserError: there is no such table.
+        """
+        if name == "history":
+            return self.histories(), (_PROBE, *_CURVE_COLUMNS)
+        if name not in GROUPS:
+            raise UserError("table", name, f"no such table; expected one of {', '.join(GROUPS)}")
+        return getattr(self, name), GROUPS[name]
 
     def _index(self, probe: int) -> int:
         index = operator.index(probe)
@@ -281,6 +360,21 @@ def _earlier(spec: ScanSpec, differences: str) -> tuple[ScanSpec, ...]:
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         raise ValueError(f"{EXTENDED_FROM} is no list of objects")
     return tuple(ScanSpec.from_json(json.dumps({**json.loads(spec.to_json()), **one})) for one in found)
+
+
+def json_value(value: Any) -> Any:
+    """A value as JSON has it: frames as lists of rows, records as objects, NaN and infinity as ``None``."""
+    if isinstance(value, pd.DataFrame):
+        return [json_value(row) for row in value.to_dict("records")]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: json_value(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): json_value(one) for name, one in value.items()}
+    if isinstance(value, tuple | list):
+        return [json_value(one) for one in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _frame(columns: tuple[Column, ...], block: Block) -> pd.DataFrame:

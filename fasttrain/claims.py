@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fasttrain.analysis import Results, load
+from fasttrain.analysis import Results, json_value, load
 from fasttrain.comparison import Comparison, adjusted, associated, compare
 from fasttrain.errors import UserError
-from fasttrain.measured import json_value, measured
+from fasttrain.measured import measured
 from fasttrain.run import Progress, resume, scan
 from fasttrain.spec import ScanSpec
 

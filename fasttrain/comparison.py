@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fasttrain.analysis import Results
+from fasttrain.analysis import Results, json_value
 from fasttrain.errors import UserError
 from fasttrain.measured import (
     SETTINGS,
     Frames,
     Measured,
     describe,
-    json_value,
     meaningless,
     measured,
     parse_selection,

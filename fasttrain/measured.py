@@ -243,19 +243,25 @@ def describe(row: Mapping[str, Any], names: Sequence[str] = ()) -> str:
     return ", ".join(str(word) for word in words)
 
 
-def json_value(value: Any) -> Any:
-    """A value as JSON has it: frames as lists of rows, records as objects, NaN and infinity as ``None``."""
-    if isinstance(value, pd.DataFrame):
-        return [json_value(row) for row in _rows(value)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: json_value(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(name): json_value(one) for name, one in value.items()}
-    if isinstance(value, tuple | list):
-        return [json_value(one) for one in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def variants(results: Results, selection: str | Sequence[str] = (), sort: str = "") -> pd.DataFrame:
+    """Rows of ``results.curves``.
+
+    Args:
+        results: from ``load`` or ``scan``.
+        selection: as of ``select``; all where it is empty.
+        sort: a column to sort by, ``"emc50"``, or ``"-emc50"`` for the largest first; unknown values come last. By
+            default the order of the spec.
+
+    Raises:
+        UserError: there is no such column, or no variant that is selected.
+    """
+    curves = select(results, selection, "select")[0] if selection else results.curves
+    name = sort.removeprefix("-").replace("-", "_")
+    if name and name not in curves.columns:
+        raise UserError("sort", sort, f"no such column of /curves; expected one of {', '.join(curves.columns)}")
+    if name:
+        curves = curves.sort_values(name, ascending=not sort.startswith("-"), kind="stable")
+    return curves
 
 
 def _rows(curves: pd.DataFrame) -> list[dict[str, Any]]:

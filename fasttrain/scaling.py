@@ -21,10 +21,10 @@ import pandas as pd
 from scipy.optimize import minimize
 from scipy.special import ndtr
 
-from fasttrain.analysis import Results
+from fasttrain.analysis import Results, json_value
 from fasttrain.comparison import weighted_quantiles
 from fasttrain.errors import UserError
-from fasttrain.measured import SETTINGS, Frames, Measured, json_value, measured, value_text
+from fasttrain.measured import SETTINGS, Frames, Measured, measured, value_text
 from fasttrain.records import Race
 
 LEAST_VARIANTS = 3

@@ -26,7 +26,7 @@ LAYERS = [
     {"plan", "search", "designs", "store", "estimate", "estimators", "machine", "analysis"},
     {"measured"},
     {"comparison"},
-    {"scaling", "plots"},
+    {"scaling", "plots", "exporting"},
     {"backends"},
     {"heldout", "curvature"},
     {"trainer"},

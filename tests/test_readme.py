@@ -188,7 +188,9 @@ def test_the_line_that_is_explained_is_in_the_sample():
 
 
 def test_options_that_are_named_exist(capsys):
-    accepted = "".join(run(f"{verb} --help", capsys)[1] for verb in ("scan", "show", "rerun", "compare", "fit"))
+    accepted = "".join(
+        run(f"{verb} --help", capsys)[1] for verb in ("scan", "show", "rerun", "compare", "fit", "plot", "export")
+    )
     named = set(re.findall(r"--[a-z][a-z-]*", README))
     assert len(named) >= 10
     assert named <= set(re.findall(r"--[a-z][a-z-]*", accepted))
