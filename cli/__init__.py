@@ -1,7 +1,10 @@
 """The command line: it reads options, calls the library and prints. Entry point ``main``."""
 
+import dataclasses
+import difflib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -355,6 +358,52 @@ _commands.add_command(data_commands)
 _commands.add_command(study_commands)
 
 
+@_commands.command("doctor", short_help="See whether all works on this machine.")
+@click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON, for scripts.")
+def _doctor(as_json: bool) -> int:
+    """Versions, devices, what is available, and a self-test of about half a minute.
+
+    Paste what it prints into a report of a bug. The exit status is 1 if something that should work does not.
+    """
+
+    def show(check: "fasttrain.doctor.Check") -> None:
+        if not as_json:
+            click.echo(plain(f"{check.status:8}{check.name}: {check.detail}"))
+
+    checks = fasttrain.diagnose(show)
+    failed = [check.name for check in checks if check.status == "failed"]
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
+    elif failed:
+        click.echo(plain(f"Not all is well: {', '.join(failed)}."))
+    else:
+        click.echo("All is well: scans can be run here.")
+    return 1 if failed else 0
+
+
+_SHELLS = ("bash", "zsh", "fish")
+
+
+@_commands.command("completion", short_help="Print a script that completes commands and options.")
+@click.argument("shell")
+def _completion(shell: str) -> int:
+    """Print what completes commands, options and file names in SHELL: bash, zsh or fish.
+
+    \b
+    bash: fasttrain completion bash > ~/.local/share/bash-completion/completions/fasttrain
+    zsh:  fasttrain completion zsh > a file named _fasttrain in a folder of $fpath
+    fish: fasttrain completion fish > ~/.config/fish/completions/fasttrain.fish
+    """
+    if shell not in _SHELLS:
+        raise fasttrain.UserError("shell", shell, f"expected one of {', '.join(_SHELLS)}")
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(_commands, {}, "fasttrain", "_FASTTRAIN_COMPLETE").source())
+    return 0
+
+
 @_commands.command("rerun")
 @click.argument("file")
 @click.option("--probe", required=True, metavar="ID", help="Index of the run, the column probe of /probes.")
@@ -461,6 +510,12 @@ def _identity(path: str) -> tuple[int, ...] | None:
 
 def _user_line(error: "fasttrain.UserError") -> str:
     shown = error.value if str(error.value).strip() else repr(error.value)
+    if "expected" in error.expected:
+        # A name that was mistyped is close to one that is accepted.
+        accepted = re.findall(r"[a-z][\w-]+", error.expected.partition("expected")[2])
+        near = difflib.get_close_matches(str(shown).rpartition(",")[2], accepted, 1, 0.7)
+        if near and near[0] != shown:
+            error = fasttrain.UserError(error.option, error.value, f"{error.expected} (did you mean {near[0]}?)")
     if error.option == "file":
         return f"FILE {shown}: {error.expected}"
     return fasttrain.UserError(error.option, shown, error.expected).as_option()

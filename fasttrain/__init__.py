@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fasttrain.analysis import Results, load
     from fasttrain.claims import Verdict, study
     from fasttrain.comparison import Comparison, compare
+    from fasttrain.doctor import diagnose
     from fasttrain.errors import UserError
     from fasttrain.estimators import estimates
     from fasttrain.exporting import export
@@ -48,6 +49,7 @@ _EXPORTS = {
     "Variant": "fasttrain.spec",
     "Verdict": "fasttrain.claims",
     "compare": "fasttrain.comparison",
+    "diagnose": "fasttrain.doctor",
     "estimates": "fasttrain.estimators",
     "export": "fasttrain.exporting",
     "extend": "fasttrain.extending",
@@ -77,6 +79,7 @@ __all__ = [
     "Variant",
     "Verdict",
     "compare",
+    "diagnose",
     "estimates",
     "export",
     "extend",

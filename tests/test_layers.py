@@ -32,7 +32,7 @@ LAYERS = [
     {"trainer"},
     {"prepare", "signals"},
     {"run"},
-    {"repeat", "claims", "merging"},
+    {"repeat", "claims", "merging", "doctor"},
     {"extending"},
     {"cli"},
 ]
@@ -146,7 +146,18 @@ def test_the_command_line_uses_the_public_surface() -> None:
 
 def test_only_these_name_torch() -> None:
     users = {part for part, names in IMPORTS.items() if {name.split(".")[0] for name in names} & {"torch"}}
-    assert users == {"models", "optim", "ensemble", "machine", "kernels", "backends", "heldout", "curvature", "prepare"}
+    assert users == {
+        "models",
+        "optim",
+        "ensemble",
+        "machine",
+        "kernels",
+        "backends",
+        "heldout",
+        "curvature",
+        "prepare",
+        "doctor",
+    }
 
 
 def loaded_by(*modules: str) -> set[str]:
