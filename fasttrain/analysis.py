@@ -345,7 +345,16 @@ class _Reader:
         group = self._file.get(f"{WEIGHTS}/{probe}")
         if not isinstance(group, h5py.Group):
             return {}
-        return {name: self._data(f"{WEIGHTS}/{probe}/{name}")[()].astype(np.float64, copy=False) for name in group}
+        found = {}
+        for name in group:
+            data = self._data(f"{WEIGHTS}/{probe}/{name}")
+            if data.size is None or data.size > self._most_rows or data.dtype.kind != "f":
+                what = (
+                    f"claims {data.size:,} values" if data.size and data.dtype.kind == "f" else f"has type {data.dtype}"
+                )
+                raise UserError("file", self._path, f"is damaged: /{WEIGHTS}/{probe}/{name} {what}")
+            found[name] = data[()].astype(np.float64, copy=False)
+        return found
 
     def _data(self, name: str) -> h5py.Dataset:
         data = self._file.get(name)

@@ -15,6 +15,7 @@ import pytest
 from fasttrain.analysis import Results, load
 from fasttrain.errors import UserError
 from fasttrain.records import History, Outcome, Probe, ProbeResult, Problem
+from fasttrain.run import scan
 from fasttrain.schema import GROUPS, SCHEMA_VERSION
 from fasttrain.spec import ScanSpec
 from fasttrain.store import HDF5Store, MemoryStore
@@ -317,3 +318,19 @@ def test_of_version_1_only_what_it_lacked_may_be_missing(version_1: Path, path: 
         del file["curves/race"]
     with pytest.raises(UserError, match="/curves/race is missing"):
         load(path)
+
+
+def test_weights_that_claim_more_than_the_file_holds(tmp_path: Path) -> None:
+    """A few bytes may claim terabytes: nothing is taken for them."""
+    path = tmp_path / "emc.h5"
+    spec = ScanSpec(widths=(3,), data="gaussian:8", classes=2, steps=200, check_every=20, max_probes=6)
+    probes = scan(spec, out=path, save_weights=True).probes
+    probe = int(probes[probes["outcome"] == "fitted"]["probe"].iloc[0])
+    whole = path.read_bytes()
+    for shape, dtype, what in (((10**12,), "<f8", "claims 1,000,000,000,000 values"), ((3,), "S4", r"has type \|S4")):
+        path.write_bytes(whole)
+        with h5py.File(path, "r+") as file:
+            del file[f"weights/{probe}/layers.0.bias"]
+            file.create_dataset(f"weights/{probe}/layers.0.bias", shape, dtype, chunks=True)
+        with pytest.raises(UserError, match=rf"layers\.0\.bias {what}"):
+            load(path).weights(probe)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import fasttrain
 from fasttrain import ScanSpec
 from fasttrain.cli import main
 from fasttrain.models import parameter_count
@@ -112,8 +113,9 @@ def test_python_blocks_run(number, capsys):
 
 
 def pages(found):
-    """What a function finds on the pages of docs, each with the name of its page."""
-    texts = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+    """What a function finds on the pages of docs, each with the name of its page; the tutorial is run as a whole."""
+    paths = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "tutorial.md")
+    texts = {path.name: path.read_text(encoding="utf-8") for path in paths}
     return [pytest.param(one, id=f"{name}-{k}") for name, text in texts.items() for k, one in enumerate(found(text))]
 
 
@@ -127,6 +129,25 @@ def test_commands_of_the_documents_work(line, capsys):
 @pytest.mark.parametrize("block", pages(lambda text: blocks("python", text)))
 def test_python_blocks_of_the_documents_run(block):
     exec(compile(block, "a block of docs", "exec"), {"__name__": "docs"})
+
+
+def test_the_tutorial_from_top_to_bottom(capsys):
+    """Each command meets what those before it have left."""
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^```(sh|python)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    assert len(steps) >= 6
+    for language, block in steps:
+        if language == "python":
+            exec(compile(block, "tutorial", "exec"), {"__name__": "tutorial"})
+            assert capsys.readouterr().out
+            continue
+        for line in block.splitlines():
+            status, out, err = run(line.removeprefix("fasttrain "), capsys)
+            assert (status, err) == (0, ""), line
+            assert out
+    assert Path("first.png").read_bytes()[:4] == b"\x89PNG"
+    results = fasttrain.load("pair.h5")
+    assert sorted(set(results.curves["width"])) == [3, 5, 7]
 
 
 def test_ranges_are_as_described():
