@@ -15,7 +15,7 @@ import click
 import fasttrain
 from fasttrain.cli.analyses import compare_command, fit_command
 from fasttrain.cli.datasets import data_commands
-from fasttrain.cli.figures import export_command, plot_command
+from fasttrain.cli.figures import export_command, plot_command, report_command
 from fasttrain.cli.options import EXAMPLES, GroupedCommand, extension_options, given_fields, spec_options
 from fasttrain.cli.studies import study_commands
 from fasttrain.cli.tables import plain
@@ -354,6 +354,7 @@ _commands.add_command(compare_command)
 _commands.add_command(fit_command)
 _commands.add_command(plot_command)
 _commands.add_command(export_command)
+_commands.add_command(report_command)
 _commands.add_command(data_commands)
 _commands.add_command(study_commands)
 

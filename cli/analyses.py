@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import fasttrain
-from fasttrain.cli.tables import aligned, count, digits, emc_text, headings, plain, setting_text, varying_settings
+from fasttrain.cli.tables import aligned, count, plain
+from fasttrain.wording import digits, emc_text, headings, setting_text, varying_settings
 
 if TYPE_CHECKING:
     from fasttrain import Comparison, Scaling

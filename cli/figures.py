@@ -95,3 +95,27 @@ def export_command(file: str, table: str, selection: tuple[str, ...], out: str, 
     rows = fasttrain.export(fasttrain.load(file), out, table, selection=selection, overwrite=overwrite)
     click.echo(plain(f"{out}: {count(rows, 'row')} of {table}"))
     return 0
+
+
+@click.command(
+    "report",
+    epilog="""\b
+Examples:
+  fasttrain report emc.h5 --out emc.html
+  fasttrain report emc.h5 --out table.tex
+  fasttrain report emc.h5 --out emc.bib
+""",
+    short_help="Write a page, a LaTeX table, or what to cite.",
+)
+@click.argument("file")
+@click.option("--out", required=True, metavar="FILE", help="A .html page, a .tex table, or a .bib of what to cite.")
+@click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
+def report_command(file: str, out: str, overwrite: bool) -> int:
+    """Write what a paper needs of a scan: a self-contained page, the table for LaTeX, or what to cite.
+
+    The page has table, figures, the protocol in words for a methods section, fits, diagnostics, warnings, conditions
+    and the command that does it again.
+    """
+    fasttrain.report(fasttrain.load(file), out, overwrite=overwrite)
+    click.echo(plain(f"{out}: report of {file}"))
+    return 0

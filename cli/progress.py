@@ -10,13 +10,10 @@ import click
 
 from fasttrain.cli.tables import (
     count,
-    emc_text,
-    headings,
     number_text,
     seconds_text,
-    setting_text,
-    varying_settings,
 )
+from fasttrain.wording import emc_text, headings, setting_text, varying_settings
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fasttrain.prepare import Preview, preview
     from fasttrain.records import Curvature, Outcome, Terminated
     from fasttrain.repeat import Rerun, rerun
+    from fasttrain.reporting import report
     from fasttrain.run import Progress, resume, scan
     from fasttrain.scaling import Scaling, fit_scaling
     from fasttrain.spec import ScanSpec, Variant
@@ -58,6 +59,7 @@ _EXPORTS = {
     "merge": "fasttrain.merging",
     "plot": "fasttrain.plots",
     "preview": "fasttrain.prepare",
+    "report": "fasttrain.reporting",
     "rerun": "fasttrain.repeat",
     "resume": "fasttrain.run",
     "scan": "fasttrain.run",
@@ -88,6 +90,7 @@ __all__ = [
     "merge",
     "plot",
     "preview",
+    "report",
     "rerun",
     "resume",
     "scan",

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import pandas as pd
@@ -161,6 +161,14 @@ def save(figure: "Figure", path: str | os.PathLike[str], *, overwrite: bool = Fa
             figure.savefig(path, format=kind, metadata=undated.get(kind, {}))
         except OSError as error:
             raise UserError("out", path, f"cannot be written ({error.strerror or error})") from None
+
+
+def write_svg(figure: "Figure", out: TextIO, salt: str) -> None:
+    """Writes a figure as SVG; its names are those of no figure with another salt: several may stand on a page."""
+    import matplotlib
+
+    with _styled(), matplotlib.rc_context({"svg.hashsalt": salt}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
 
 
 def _format(path: Path, overwrite: bool) -> str:

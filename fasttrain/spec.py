@@ -8,7 +8,7 @@ import math
 import operator
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -334,6 +334,31 @@ class ScanSpec:
             UserError: a field is unknown or out of its range, or both ``steps`` and ``budget`` are given.
         """
         return cls(**spec_fields(fields))
+
+    def options(self, only: Collection[str] | None = None) -> list[str]:
+        """The options with which ``fasttrain scan`` makes this spec.
+
+        Args:
+            only: of these fields; by default those that are not at their defaults.
+        """
+        plain = json.loads(self.to_json())
+        default = json.loads(ScanSpec().to_json())
+        # What the number of runs would be if nothing were said of it depends on the search.
+        likewise = {name: value for name, value in plain.items() if name != "max_probes" and name != "steps"}
+        default["max_probes"] = ScanSpec.from_mapping(likewise).max_probes
+        out = []
+        for name, value in plain.items():
+            option = f"--{name.replace('_', '-')}"
+            if value == default[name] if only is None else name not in only or value is None:
+                continue
+            if isinstance(value, bool):
+                out.append(option if value else option.replace("--", "--no-", 1))
+                continue
+            values = value if isinstance(value, list) else [value]
+            if name == "batch_size":
+                values = ["full" if one == FULL_BATCH else one for one in values]
+            out += [option, ",".join(map(str, values))]
+        return out
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of the spec: equal for equal specs, on any machine."""

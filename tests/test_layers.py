@@ -20,13 +20,14 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"errors", "activations", "kernels", "factories", "journal"},
     {"spec"},
-    {"records"},
+    {"records", "wording"},
     {"schema", "checkpoints"},
     {"sampling", "data", "models", "ensemble", "optim", "stopping"},
     {"plan", "search", "designs", "store", "estimate", "estimators", "machine", "analysis"},
     {"measured"},
     {"comparison"},
     {"scaling", "plots", "exporting"},
+    {"reporting"},
     {"backends"},
     {"heldout", "curvature"},
     {"trainer"},
@@ -137,7 +138,14 @@ def test_the_command_line_uses_the_public_surface() -> None:
     for name in IMPORTS["cli"]:
         if name.split(".")[0] == "fasttrain" and name != "fasttrain":
             own = name.startswith(
-                ("fasttrain.cli.", "fasttrain.spec.", "fasttrain.activations.", "fasttrain.data.", "fasttrain.errors.")
+                (
+                    "fasttrain.cli.",
+                    "fasttrain.spec.",
+                    "fasttrain.activations.",
+                    "fasttrain.data.",
+                    "fasttrain.errors.",
+                    "fasttrain.wording.",
+                )
             )
             assert own or name in public, name
     for path in FILES["cli"]:
