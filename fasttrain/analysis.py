@@ -16,15 +16,19 @@ import pandas as pd
 
 from fasttrain.errors import UserError
 from fasttrain.journal import being_written
+from fasttrain.records import Outcome
 from fasttrain.schema import CURVATURE, CURVES, GROUPS, HISTORY, PROBES, SCHEMA_VERSION, WEIGHTS, Block, Column
 from fasttrain.spec import ScanSpec, budget_text
-from fasttrain.store import COMMITS, MemoryStore, with_journal
+from fasttrain.store import COMMITS, FILE_ID, MemoryStore, with_journal
 
 EXTENDED_FROM = "extended_from"
 """Attribute of a scan that was extended: what its earlier specs have otherwise than the present one, JSON."""
 
 _CURVE_COLUMNS = HISTORY[1:]
 _PROBE = PROBES[0]
+_ATTRIBUTES = {EXTENDED_FROM: str, "status": str, "started": str, "save_weights": int, "curvature_runs": int}
+"""Types of those attributes on which it depends how a file is read or gone on with."""
+
 if TYPE_CHECKING:
     import xarray
 
@@ -223,10 +227,10 @@ def load(path: str | os.PathLike[str]) -> Results:
     with _Reader(path) as reader:
         attrs, status = reader.attrs, reader.attrs.get("status")
         probes = reader.table("probes", PROBES, growing=status == "running")
-        end = int((probes["history_start"] + probes["history_count"]).max(initial=0))
-        if reader.rows("history", HISTORY, growing=True) < end:
-            raise UserError("file", path, f"is damaged: /history is shorter than the {end} rows that /probes needs")
         curves = reader.table("curves", CURVES, growing=False)
+        rows = reader.rows("history", HISTORY, growing=True)
+        if wrong := _checked(probes, len(curves["variant"]), rows):
+            raise UserError("file", path, f"is damaged: {wrong}, where there are {rows} rows of /history")
         curvature = reader.table("curvature", CURVATURE, growing=status == "running")
         spec = reader.text("spec")
         if reader.version == 1:
@@ -251,7 +255,7 @@ def load(path: str | os.PathLike[str]) -> Results:
             probes["steps_budget"] = np.full(len(probes["n"]), asked.steps)
             curves["budget"] = np.full(len(curves["n_min"]), budget_text(asked), dtype=object)
         return Results(spec, curves, probes, curvature, attrs, read, read_weights, path, written)
-    except (UserError, ValueError, RecursionError) as error:
+    except (UserError, ValueError, TypeError, RecursionError) as error:
         raise UserError("file", path, f"its spec cannot be read ({error})") from None
 
 
@@ -269,11 +273,17 @@ class _Reader:
             self._file = self._stack.enter_context(with_journal(self._path))
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RuntimeError, MemoryError) as error:
             what = " ".join(str(error).split())
             raise UserError("file", self._path, f"is not an HDF5 file that can be read ({what})") from None
         try:
-            self.attrs = {name: _plain(value) for name, value in self._file.attrs.items() if name != COMMITS}
+            held = {name: _plain(value) for name, value in self._file.attrs.items()}
+            for name, kind in _ATTRIBUTES.items():
+                if not isinstance(held.get(name, kind()), kind):
+                    raise UserError("file", self._path, f"is damaged: attribute {name} has type {type(held[name])}")
+            # What others have added may be of any type.
+            own = {name: value for name, value in held.items() if isinstance(value, str | int | float)}
+            self.attrs = {name: value for name, value in own.items() if name not in (COMMITS, FILE_ID)}
             version = self.attrs.get("schema_version")
             if not isinstance(version, int):
                 raise UserError("file", self._path, "was not written by fasttrain (no schema_version)")
@@ -295,14 +305,16 @@ class _Reader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         self._stack.close()
         # h5py reports damaged contents as any of these.
-        if isinstance(error, (OSError, KeyError, RuntimeError, TypeError, ValueError)) and not isinstance(
-            error, UserError
-        ):
+        damaged = (OSError, KeyError, RuntimeError, TypeError, ValueError, OverflowError, MemoryError)
+        if isinstance(error, damaged) and not isinstance(error, UserError):
             raise UserError("file", self._path, f"is damaged ({' '.join(str(error).split())})") from None
 
     def text(self, name: str) -> str:
         """A scalar text."""
-        return str(self._data(name).asstr()[()])
+        data = self._data(name)
+        if data.shape != () or not _fits(data.dtype, str):
+            raise UserError("file", self._path, f"is damaged: /{name} is no text")
+        return str(data.asstr()[()])
 
     def rows(self, group: str, columns: tuple[Column, ...], growing: bool) -> int:
         """The rows that all columns have; a kill may leave some columns of a growing group longer.
@@ -310,7 +322,12 @@ class _Reader:
         None of a group that the file's version does not have.
         """
         written = [column for column in columns if not self._lacks(column)]
-        shapes = {column.name: self._data(f"{group}/{column.name}").shape for column in written}
+        shapes = {}
+        for column in written:
+            data = self._data(f"{group}/{column.name}")
+            if not _fits(data.dtype, column.kind):
+                raise UserError("file", self._path, f"is damaged: column /{group}/{column.name} has type {data.dtype}")
+            shapes[column.name] = data.shape
         for name, shape in shapes.items():
             if len(shape) != 1 or not (growing or shape == shapes[columns[0].name]):
                 raise UserError("file", self._path, f"is damaged: column /{group}/{name} has shape {shape}")
@@ -345,10 +362,11 @@ class _Reader:
         group = self._file.get(f"{WEIGHTS}/{probe}")
         if not isinstance(group, h5py.Group):
             return {}
-        found = {}
+        found, values = {}, 0
         for name in group:
             data = self._data(f"{WEIGHTS}/{probe}/{name}")
-            if data.size is None or data.size > self._most_rows or data.dtype.kind != "f":
+            values += data.size or 0
+            if data.size is None or values > self._most_rows or data.dtype.kind != "f":
                 what = (
                     f"claims {data.size:,} values" if data.size and data.dtype.kind == "f" else f"has type {data.dtype}"
                 )
@@ -384,6 +402,38 @@ def json_value(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _fits(dtype: np.dtype, kind: type) -> bool:
+    """Whether a data set may be a column of a kind: text of any length is kept apart from its row."""
+    text = h5py.check_string_dtype(dtype)
+    if kind is str:
+        return text is not None and text.length is None
+    return text is None and dtype.kind in "biuf" and dtype.itemsize <= 8
+
+
+def _checked(probes: Block, variants: int, rows: int) -> str:
+    """What is wrong with the rows of /probes; empty if nothing is.
+
+    Args:
+        probes: their columns.
+        variants: of /curves.
+        rows: of /history.
+    """
+    first, count = probes["history_start"], probes["history_count"]
+    wrong = {
+        "variant": (probes["variant"] < 0) | (probes["variant"] >= variants),
+        "n": probes["n"] < 1,
+        "outcome": ~np.isin(np.array(probes["outcome"], dtype=str), [str(one) for one in Outcome]),
+        "seed": probes["seed"] < 0,
+        # Not their sum: it may overflow.
+        "history_start": (first < 0) | (count < 0) | (first > rows) | (count > rows - first),
+    }
+    for name, where in wrong.items():
+        if where.any():
+            row = int(np.flatnonzero(where)[0])
+            return f"row {row} of /probes has {name} {str(probes[name][row])[:40]}"
+    return ""
 
 
 def _frame(columns: tuple[Column, ...], block: Block) -> pd.DataFrame:

@@ -44,8 +44,7 @@ def keep(path: str | os.PathLike[str], identity: str, runs: Mapping[Probe, Saved
             place = [probe.variant, probe.n, probe.seed, probe.round]
             yield line_of(number, [["run", place, {name: _text(values) for name, values in saved.items()}]])
 
-    target = checkpoint_path(path)
-    replace_file(target.with_name(f".{target.name[:200]}.next"), target, lines())
+    replace_file(_unfinished(path), checkpoint_path(path), lines())
 
 
 def kept(path: str | os.PathLike[str], identity: str) -> dict[Probe, Saved] | None:
@@ -74,8 +73,14 @@ def kept(path: str | os.PathLike[str], identity: str) -> dict[Probe, Saved] | No
 
 
 def drop(path: str | os.PathLike[str]) -> None:
-    """Removes the checkpoint of an HDF5 file, if there is one."""
-    checkpoint_path(path).unlink(missing_ok=True)
+    """Removes the checkpoint of an HDF5 file, if there is one, and what a kill has left of one."""
+    for each in (checkpoint_path(path), _unfinished(path)):
+        each.unlink(missing_ok=True)
+
+
+def _unfinished(path: str | os.PathLike[str]) -> Path:
+    target = checkpoint_path(path)
+    return target.with_name(f".{target.name[:200]}.next")
 
 
 def _text(values: np.ndarray) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """Tables of results in other formats: CSV, Parquet, JSON lines."""
 
+import io
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from fasttrain.analysis import Results, json_value
 from fasttrain.errors import UserError
 from fasttrain.measured import select
 from fasttrain.schema import Column
-from fasttrain.store import check_output
+from fasttrain.store import check_output, write_whole
 
 
 def export(
@@ -44,8 +45,8 @@ def export(
         UserError: there is no such table, format or variant, or ``out`` cannot be written.
     """
     path = Path(out)
-    write = _FORMATS.get(path.suffix.lower())
-    if write is None:
+    made = _FORMATS.get(path.suffix.lower())
+    if made is None:
         raise UserError("out", path, f"expected a name that ends in {', '.join(_FORMATS)}")
     check_output(path, overwrite)
     frame, columns = results.table(table)
@@ -53,24 +54,20 @@ def export(
         curves, probes = select(results, selection, "select")
         kept = {"curves": ("variant", curves["variant"])}.get(table, ("probe", probes["probe"]))
         frame = frame[frame[kept[0]].isin(kept[1])]
-    try:
-        write(frame.reset_index(drop=True), path, columns, results)
-    except OSError as error:
-        raise UserError("out", path, f"cannot be written ({error.strerror or error})") from None
+    write_whole(path, made(frame.reset_index(drop=True), path, columns, results))
     return len(frame)
 
 
-def _csv(frame: pd.DataFrame, path: Path, columns: Sequence[Column], results: Results) -> None:
-    frame.to_csv(path, index=False)
+def _csv(frame: pd.DataFrame, path: Path, columns: Sequence[Column], results: Results) -> bytes:
+    return frame.to_csv(index=False).encode()
 
 
-def _jsonl(frame: pd.DataFrame, path: Path, columns: Sequence[Column], results: Results) -> None:
+def _jsonl(frame: pd.DataFrame, path: Path, columns: Sequence[Column], results: Results) -> bytes:
     # pandas writes 15 digits at most, which are two too few.
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(json_value(row)) + "\n" for row in frame.to_dict("records"))
+    return "".join(json.dumps(json_value(row)) + "\n" for row in frame.to_dict("records")).encode()
 
 
-def _parquet(frame: pd.DataFrame, path: Path, columns: Sequence[Column], results: Results) -> None:
+def _parquet(frame: pd.DataFrame, path: Path, columns: Sequence[Column], results: Results) -> bytes:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -79,11 +76,14 @@ def _parquet(frame: pd.DataFrame, path: Path, columns: Sequence[Column], results
     meaning = {column.name: {"description": column.description, "units": column.units} for column in columns}
     table = pyarrow.Table.from_pandas(frame, preserve_index=False)
     fields = [table.schema.field(name).with_metadata(meaning[name]) for name in table.column_names]
-    about = {"fasttrain.spec": results.spec.to_json(), "fasttrain.attributes": json.dumps(results.attrs)}
-    parquet.write_table(table.cast(pyarrow.schema(fields, metadata={**(table.schema.metadata or {}), **about})), path)
+    about = {"fasttrain.spec": results.spec.to_json(), "fasttrain.attributes": json.dumps(json_value(results.attrs))}
+    schema = pyarrow.schema(fields, metadata={**(table.schema.metadata or {}), **about})
+    contents = io.BytesIO()
+    parquet.write_table(table.cast(schema), contents)
+    return contents.getvalue()
 
 
-_FORMATS: dict[str, Callable[[pd.DataFrame, Path, Sequence[Column], Results], None]] = {
+_FORMATS: dict[str, Callable[[pd.DataFrame, Path, Sequence[Column], Results], bytes]] = {
     ".csv": _csv,
     ".parquet": _parquet,
     ".jsonl": _jsonl,

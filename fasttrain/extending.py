@@ -10,8 +10,9 @@ from typing import Any
 from fasttrain import checkpoints
 from fasttrain.analysis import EXTENDED_FROM, Results, load
 from fasttrain.errors import UserError
+from fasttrain.journal import journal_path
 from fasttrain.merging import write
-from fasttrain.prepare import check_same, prepare, stages, stated_conditions, stored_results
+from fasttrain.prepare import check_same, prepare, stages, stated_conditions, stored_results, unchanged
 from fasttrain.run import Progress, check_seconds, resume
 from fasttrain.schema import SCHEMA_VERSION
 from fasttrain.spec import EXTENDED, ScanSpec, spec_fields
@@ -85,7 +86,7 @@ def extend(
     else:
         held, written = None, target
     try:
-        before = load(path)  # again: the file is ours only now
+        before = unchanged(before)  # the file is ours only now
         runs = []
         for row, one in enumerate(stored_results(before)):
             probe = dataclasses.replace(one.probe, variant=own[one.probe.variant].index)
@@ -94,6 +95,11 @@ def extend(
         if out is None:
             os.replace(written, path)
             checkpoints.drop(path)  # of the scan as it was
+    except BaseException:
+        if out is None:
+            for left in (written, journal_path(written)):
+                left.unlink(missing_ok=True)
+        raise
     finally:
         if held is not None:
             held.leave()

@@ -44,13 +44,19 @@ class Journal:
     Args:
         path: of the HDF5 file.
         fresh: whether what it holds is dropped.
+        of: if it is, which file it is of, by an attribute of that: a name may be given to another file.
+
+    Attributes:
+        commits: that it held when it was opened.
+        of: which file it is of.
+        new: whether there was nothing in it.
 
     Raises:
         UserError: another process writes the file.
         OSError: it cannot be made.
     """
 
-    def __init__(self, path: Path, fresh: bool) -> None:
+    def __init__(self, path: Path, fresh: bool, of: str = "") -> None:
         self.path = journal_path(path)
         self._descriptor = _locked(self.path, path)
         if fresh:
@@ -58,9 +64,11 @@ class Journal:
         commits = list(parsed(_contents(self._descriptor)))
         self._size = commits[-1][0] if commits else 0
         self.commits = [(number, operations) for _, number, operations in commits]
+        self.of = of if fresh else owned(self.commits)
+        self.new = not self._size
         self._cut()
-        if not self._size:
-            self._append(0, [["owner", {"host": socket.gethostname(), "process": os.getpid()}]])
+        if self.new:
+            self._own()
 
     def append(self, number: int, operations: Sequence[Operation]) -> None:
         """Puts a commit on the disk; all of it or, where that raises, nothing.
@@ -70,11 +78,15 @@ class Journal:
         """
         self._append(number, operations)
 
-    def clear(self) -> None:
-        """Drops all commits: they are in the HDF5 file now."""
+    def clear(self, of: str | None = None) -> None:
+        """Drops all commits: they are in the HDF5 file now, or it is of another file from now on."""
+        self.of = self.of if of is None else of
         self._size = 0
         self._cut()
-        self._append(0, [["owner", {"host": socket.gethostname(), "process": os.getpid()}]])
+        self._own()
+
+    def _own(self) -> None:
+        self._append(0, [["owner", {"host": socket.gethostname(), "process": os.getpid(), "of": self.of}]])
 
     def remove(self) -> None:
         """Drops the journal itself and the lock with it."""
@@ -104,6 +116,16 @@ class Journal:
     def _cut(self) -> None:
         """Takes off what is behind the last whole commit; readers pass over it too."""
         os.ftruncate(self._descriptor, self._size)
+
+
+def owned(commits: Sequence[tuple[int, list[Operation]]]) -> str:
+    """Which file a journal is of; empty if it does not say."""
+    for _, operations in commits[:1]:
+        for operation in operations:
+            match operation:
+                case ["owner", {"of": str(of)}]:
+                    return of
+    return ""
 
 
 def read_commits(path: str | os.PathLike[str]) -> list[tuple[int, list[Operation]]]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fasttrain.analysis import Results, load
+from fasttrain.checkpoints import drop
 from fasttrain.errors import UserError
 from fasttrain.prepare import Prepared, check_same, make_search, prepare, same_value, stored_results
 from fasttrain.records import History, Probe, ProbeResult
@@ -79,9 +80,13 @@ def write(
         runs: for each run where it comes from, its row there, and itself with the variant that it has in ``prepared``.
     """
     search = make_search(spec, prepared.problems, earlier)
-    search.tell([result for _, _, result in runs])
+    try:
+        search.tell([result for _, _, result in runs])
+    except ValueError as error:
+        raise UserError("file", runs[0][0].path, f"is damaged: {error}") from None
     try:
         store.begin(spec, prepared.problems, attributes)
+        drop(store.path)
         for start in range(0, len(runs), _APPENDED):
             store.append([_complete(*one) for one in runs[start : start + _APPENDED]])
         store.put_curves(search.estimates())

@@ -4,6 +4,7 @@ Nothing of matplotlib's global state is touched: a figure is made and given back
 """
 
 import contextlib
+import io
 import itertools
 import math
 import os
@@ -20,7 +21,7 @@ from fasttrain.errors import UserError
 from fasttrain.estimators import estimates
 from fasttrain.measured import SETTINGS, Measured, meaningless, measured, select, value_text
 from fasttrain.spec import ScanSpec, budget_text
-from fasttrain.store import check_output
+from fasttrain.store import check_output, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,7 +142,7 @@ def plot(
         figure = figure_of(figsize=(width, tall), layout="constrained")
         KINDS[kind](figure, series, interval, probes)
         if title:
-            figure.suptitle(title, fontsize=_STYLE["axes.titlesize"])
+            figure.suptitle(_plain(title), fontsize=_STYLE["axes.titlesize"])
     if out is not None:
         save(figure, out, overwrite=overwrite)
     return figure
@@ -156,11 +157,10 @@ def save(figure: "Figure", path: str | os.PathLike[str], *, overwrite: bool = Fa
     path = Path(path)
     kind = _format(path, overwrite)
     undated: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    image = io.BytesIO()
     with _styled():
-        try:
-            figure.savefig(path, format=kind, metadata=undated.get(kind, {}))
-        except OSError as error:
-            raise UserError("out", path, f"cannot be written ({error.strerror or error})") from None
+        figure.savefig(image, format=kind, metadata=undated.get(kind, {}))
+    write_whole(path, image.getbuffer())
 
 
 def write_svg(figure: "Figure", out: TextIO, salt: str) -> None:
@@ -217,9 +217,14 @@ def _series(
         if key not in groups:
             words = [shown[number]] if len(sources) > 1 else []
             words += [f"{name} {value_text(name, one.row[name])}" for name in names if not meaningless(one.row, name)]
-            groups[key] = _Series(", ".join(words), source)
+            groups[key] = _Series(_plain(", ".join(words)), source)
         groups[key].variants.append(one)
     return list(groups.values())
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib takes for no formula."""
+    return text.replace("$", r"\$")
 
 
 def _telling(rows: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
@@ -253,9 +258,12 @@ def _scaling(kind: str) -> Callable[..., None]:
     def draw(figure: "Figure", series: Sequence[_Series], interval: float | None, probes: Sequence[int]) -> None:
         axes = figure.subplots()
         drawn: list[float] = []
+        if kind == "width" and not any(each.row["width"] for one in series for each in one.variants):
+            raise UserError("kind", kind, "there are only linear classifiers, which have no width")
         for number, one in enumerate(series):
             looks = _looks(number)
-            variants = sorted(one.variants, key=lambda each: each.row[kind])
+            shown = [each for each in one.variants if kind != "width" or each.row["width"]]
+            variants = sorted(shown, key=lambda each: each.row[kind])
             known = [each for each in variants if each.known]
             x = [float(each.row[kind]) for each in known]
             ends = [(each.estimate.emc50, each.estimate.emc50_low, each.estimate.emc50_high) for each in known]
@@ -280,7 +288,8 @@ def _scaling(kind: str) -> Callable[..., None]:
         if kind != "depth":
             _logarithmic(axes.set_xscale, axes.xaxis)
         if kind != "params":
-            axes.set_xticks(sorted({int(each.row[kind]) for one in series for each in one.variants}), minor=False)
+            sizes = {int(each.row[kind]) for one in series for each in one.variants}
+            axes.set_xticks(sorted(sizes - ({0} if kind == "width" else set())), minor=False)
         if kind == "params":
             low, high = axes.get_xlim()
             bottom, top = axes.get_ylim()

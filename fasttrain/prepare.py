@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fasttrain import factories, models
-from fasttrain.analysis import Results
+from fasttrain.analysis import Results, load
 from fasttrain.backends import choose, configuration_text, make_backend, together
 from fasttrain.backends.apart import ApartBackend, Processes
 from fasttrain.backends.base import Run, Setting
@@ -480,20 +480,30 @@ def identity(spec: ScanSpec, earlier: Sequence[ScanSpec], stated: Mapping[str, o
     return hashlib.sha256(json.dumps(text).encode()).hexdigest()
 
 
+def _arrays_of(prepared: Prepared, problem: Problem, steps: int) -> dict[str, Any]:
+    """Shapes and types of what a backend saves of a run of a variant after so many steps."""
+    backend = prepared.make_backend(prepared.setting, prepared.bucket(problem.variant))
+    state = backend.init([Run.of(prepared.setting, problem, Probe(problem.index, problem.n_min, 0))])
+    if steps:
+        with numerics(prepared):
+            backend.run(state, steps)
+    [saved] = backend.saved(state)
+    return {name: (values.shape, values.dtype) for name, values in saved.items() if name not in _OF_ANY_RUN}
+
+
 _OF_ANY_RUN = {"step", "checks", "clock"}
 """Names in ``records.Saved`` that no backend adds."""
 
 
 def sound(prepared: Prepared, saved: Mapping[Probe, Saved]) -> bool:
     """Whether runs under way have all that their backends need to go on with them, and nothing else."""
-    fresh: dict[int, Saved] = {}
+    fresh: dict[tuple[int, int], dict[str, Any]] = {}
     for probe, arrays in saved.items():
-        if not 0 <= probe.variant < len(prepared.problems) or probe.n < 1:
+        if not 0 <= probe.variant < len(prepared.problems):
             return False
         problem = prepared.problems[probe.variant]
-        if probe.variant not in fresh:
-            backend = prepared.make_backend(prepared.setting, prepared.bucket(problem.variant))
-            [fresh[probe.variant]] = backend.saved(backend.init([Run.of(prepared.setting, problem, probe)]))
+        if not problem.n_min <= probe.n <= problem.n_max:
+            return False
         if not arrays.keys() >= _OF_ANY_RUN:
             return False
         rules = StopRules.of(prepared.setting.spec, problem.variant, probe.n, probe.short)
@@ -504,14 +514,27 @@ def sound(prepared: Prepared, saved: Mapping[Probe, Saved]) -> bool:
             return False
         if clock.shape != (3,) or not (np.isfinite(clock) & (clock >= 0)).all():
             return False
-        begun = {name: values for name, values in arrays.items() if name not in _OF_ANY_RUN}
-        wanted = {name: values for name, values in fresh[probe.variant].items() if name not in _OF_ANY_RUN}
         # What an optimizer makes at its first step is not there before.
-        if not wanted.keys() <= begun.keys() or any(
-            (begun[name].shape, begun[name].dtype) != (values.shape, values.dtype) for name, values in wanted.items()
-        ):
+        steps = min(int(step), 1)
+        if (probe.variant, steps) not in fresh:
+            fresh[probe.variant, steps] = _arrays_of(prepared, problem, steps)
+        begun = {name: (v.shape, v.dtype) for name, v in arrays.items() if name not in _OF_ANY_RUN}
+        if begun != fresh[probe.variant, steps]:
             return False
     return True
+
+
+def unchanged(before: Results) -> Results:
+    """A file again, once nobody else can write it: other runs may have come, but nothing else.
+
+    Raises:
+        UserError: it has been extended or replaced since it was read.
+    """
+    assert before.path is not None
+    now = load(before.path)
+    if (now.spec, now.earlier, now.attrs.get("started")) != (before.spec, before.earlier, before.attrs.get("started")):
+        raise UserError("file", before.path, "has been changed meanwhile; try again")
+    return now
 
 
 def stored_results(results: Results) -> list[ProbeResult]:

@@ -16,11 +16,10 @@ import pandas as pd
 from fasttrain import plots
 from fasttrain.analysis import Results
 from fasttrain.errors import UserError
-from fasttrain.journal import replace_file
 from fasttrain.scaling import fit_scaling
 from fasttrain.spec import FULL_BATCH, ScanSpec, budget_text
 from fasttrain.stopping import PLATEAU_AFTER, PLATEAU_LOSS, PLATEAU_RATIO
-from fasttrain.store import check_output
+from fasttrain.store import check_output, write_whole
 from fasttrain.wording import SETTINGS, curve_cells, setting_text, shared_settings, varying_settings
 
 BIBTEX = """@misc{shwartzziv2024flexible,
@@ -71,10 +70,7 @@ def report(results: Results, out: str | os.PathLike[str], *, overwrite: bool = F
     check_output(path, overwrite)
     if not len(results.probes):
         raise UserError("file", results.path or "results", "has no runs yet")
-    try:
-        replace_file(path.with_name(f".{path.name[:200]}.next"), path, [made(results).encode()])
-    except OSError as error:
-        raise UserError("out", path, f"cannot be written ({error.strerror or error})") from None
+    write_whole(path, made(results).encode())
 
 
 def page(results: Results) -> str:

@@ -32,6 +32,7 @@ from fasttrain.prepare import (
     sound,
     stated_conditions,
     stored_results,
+    unchanged,
 )
 from fasttrain.records import Estimate, Probe, ProbeResult, Saved
 from fasttrain.schema import SCHEMA_VERSION
@@ -154,10 +155,13 @@ def scan(
             store.begin(spec, prepared.problems, {**stated, "slots": prepared.slots})
             if out is not None:
                 checkpoints.drop(out)
-        own = identity(spec, (), stated)
-        _Scan(
-            spec, prepared, store, interrupts, on_progress, save_weights, curvature, time_limit, checkpoint, own
-        ).run()
+        try:
+            own = identity(spec, (), stated)
+            search = make_search(spec, prepared.problems)
+            scanned = (spec, prepared, search, store, interrupts, on_progress, save_weights, curvature)
+            _Scan(*scanned, time_limit, checkpoint, own).run()
+        finally:
+            store.close()
     return Results.from_memory(store) if isinstance(store, MemoryStore) else load(store.path)
 
 
@@ -195,6 +199,7 @@ def resume(
     if spec is not None and spec != before.spec:
         raise UserError("spec", _differing(spec, before.spec), f"is not what {path} was asked for")
     if before.attrs.get("status") == "complete":
+        checkpoints.drop(path)
         if journal_path(path).exists():  # killed in its last moment: all is there, but not all in the file
             HDF5Store.reopened(path).leave()
             return load(path)
@@ -215,24 +220,21 @@ def resume(
             begun = {}
         with interrupts.deferred():
             store = HDF5Store.reopened(path)
-            store.continue_with(spec, prepared.problems)
-        one = _Scan(
-            spec,
-            prepared,
-            store,
-            interrupts,
-            on_progress,
-            bool(before.attrs.get("save_weights", 0)),
-            int(before.attrs.get("curvature_runs", 0)),
-            time_limit,
-            checkpoint,
-            own,
-            begun=begun,
-            # Read again: the file is ours only now.
-            stored=stored_results(load(path)),
-            earlier=before.earlier,
-        )
-        one.run()
+        try:
+            now = unchanged(before)  # the file is ours only now
+            stored = stored_results(now)
+            search = make_search(spec, prepared.problems, now.earlier)
+            try:
+                search.tell(stored)
+            except ValueError as error:
+                raise UserError("file", path, f"is damaged: {error}") from None
+            kept = bool(now.attrs.get("save_weights", 0)), int(now.attrs.get("curvature_runs", 0))
+            with interrupts.deferred():
+                store.continue_with(spec, prepared.problems)
+            scanned = (spec, prepared, search, store, interrupts, on_progress, *kept)
+            _Scan(*scanned, time_limit, checkpoint, own, begun=begun, stored=stored).run()
+        finally:
+            store.close()
     return load(path)
 
 
@@ -255,12 +257,17 @@ def _differing(spec: ScanSpec, held: ScanSpec) -> str:
     )
 
 
+class _Late(Exception):
+    """The time limit has come."""
+
+
 @dataclass(slots=True)
 class _Scan:
     """One scan under way."""
 
     spec: ScanSpec
     prepared: Prepared
+    search: Search  # which has been told what is stored
     store: MemoryStore | HDF5Store
     interrupts: Interrupts
     on_progress: Callable[[Progress], None] | None
@@ -271,8 +278,6 @@ class _Scan:
     identity: str = ""
     begun: dict[Probe, Saved] = field(default_factory=dict)  # that an earlier part of the scan left under way
     stored: list[ProbeResult] = field(default_factory=list)  # by an earlier part of the scan
-    earlier: tuple[ScanSpec, ...] = ()  # before it was extended
-    search: Search = field(init=False)
     trainer: Trainer = field(init=False)
     begin: float = field(init=False)
     search_seconds: float = 0.0
@@ -287,22 +292,21 @@ class _Scan:
     written_at: float = 0.0
     reported_at: float = 0.0
     next_checkpoint: float = math.inf
+    late: float = math.inf  # when the time limit comes
     rate: deque[tuple[float, int]] = field(default_factory=deque)
 
     def run(self) -> None:
         """Until the search is done, or Ctrl-C; the store is complete and closed afterwards."""
-        spec, problems = self.spec, self.prepared.problems
         earlier = max((result.finished for result in self.stored), default=0.0)
         earlier = max([earlier, *(float(saved["clock"][-1]) for saved in self.begun.values())])
         self.begin = time.perf_counter() - earlier
 
-        self.search = make_search(spec, problems, self.earlier)
         prepared = self.prepared
         known = {result.probe for result in self.stored}
         processes = Processes(prepared.workers) if prepared.apart else None
         self.trainer = Trainer(
             prepared.setting,
-            problems,
+            prepared.problems,
             prepared.maker(processes),
             prepared.slots,
             workers=prepared.workers,
@@ -311,20 +315,20 @@ class _Scan:
             elapsed=earlier,
             begun={probe: saved for probe, saved in self.begun.items() if probe not in known},
         )
-        self._searching(self.search.tell, self.stored)
         self.done = self.committed = len(self.stored)
         if self.curvature:
             self.ended = list(self.stored)
         self.steps = sum(result.steps for result in self.stored)
         self.stored = []
         self.begun = {}
-        late = math.inf if self.time_limit is None else time.perf_counter() + self.time_limit
+        if self.time_limit is not None:
+            self.late = time.perf_counter() + self.time_limit
         if self.checkpoint is not None:
             self.next_checkpoint = time.perf_counter() + self.checkpoint
         status = "interrupted"
         try:
             while not self.search.done:
-                if time.perf_counter() >= late:
+                if time.perf_counter() >= self.late:
                     if self.checkpoint is not None:
                         self._keep_running()
                     break
@@ -334,9 +338,10 @@ class _Scan:
                 self._take(self.trainer.advance())
                 self.interrupts.check()
             else:
-                if self.curvature:
-                    self._measure()
-                status = "complete"
+                with contextlib.suppress(_Late):
+                    if self.curvature:
+                        self._measure()
+                    status = "complete"
         finally:
             with self.interrupts.deferred():
                 try:
@@ -377,11 +382,13 @@ class _Scan:
         assert isinstance(self.store, HDF5Store)
         assert self.checkpoint is not None
         begin = time.perf_counter()
-        results, running = self.trainer.saved()
-        self._take(results)
-        # A disk that is too full for it may have room later; what has finished does not depend on it.
-        with self.interrupts.deferred(), contextlib.suppress(OSError):
-            checkpoints.keep(self.store.path, self.identity, running)
+        # A disk or memory that is too full for it may have room later; what has finished does not depend on it.
+        with contextlib.suppress(MemoryError):
+            running = self.trainer.saved(self._take)
+            with self.interrupts.deferred():
+                self._commit()  # the checkpoint before this may have had runs that have ended since
+                with contextlib.suppress(OSError):
+                    checkpoints.keep(self.store.path, self.identity, running)
         end = time.perf_counter()
         self.next_checkpoint = end + max(self.checkpoint, (end - begin) / _CHECKPOINT_SHARE)
 
@@ -436,6 +443,8 @@ class _Scan:
 
     def _between_products(self) -> None:
         self.interrupts.check()
+        if time.perf_counter() >= self.late:
+            raise _Late
         self._report_at_times()
 
     def _report_at_times(self) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import hashlib
 import io
 import os
 import stat
@@ -15,7 +16,7 @@ import h5py
 import numpy as np
 
 from fasttrain.errors import UserError
-from fasttrain.journal import Journal, Operation, array_of, read_commits, replace_file
+from fasttrain.journal import Journal, Operation, array_of, owned, read_commits, replace_file
 from fasttrain.records import Curvature, Estimate, ProbeResult, Problem
 from fasttrain.schema import (
     CURVATURE,
@@ -267,7 +268,11 @@ class HDF5Store(_TableStore):
         try:
             store._journal = Journal(store.path, fresh=False)
             with h5py.File(store.path, "r", locking=False) as file:
-                taken_in = _count(file.attrs.get(COMMITS, 0))
+                taken_in, name = _count(file.attrs.get(COMMITS, 0)), _name(file)
+            if store._journal.of != name:
+                if any(number > 0 for number, _ in store._journal.commits):
+                    raise UserError("file", store._journal.path, "is of another file; move it away")
+                store._journal.clear(name)
             with _image(store.path, store._journal.commits) as (file, commit):
                 store._commit = commit
                 store._rows = {group: len(file[f"{group}/{GROUPS[group][0].name}"]) for group in store._rows}
@@ -315,21 +320,31 @@ class HDF5Store(_TableStore):
     def _create(self, spec: str, attributes: Mapping[str, Attribute], curves: Block) -> None:
         check_output(self.path, self._overwrite)
         try:
-            self._journal = Journal(self.path, fresh=True)
+            # What a journal holds of a file that is to be replaced is dropped when that has happened.
+            self._journal = Journal(self.path, fresh=False)
+            told = f"{attributes['spec_digest']} {attributes['started']}"
+            name = hashlib.sha256(told.encode()).hexdigest()[:16]
             with self._replacing(fresh=True) as file:
-                _set_attributes(file, {**attributes, COMMITS: 0})
+                _set_attributes(file, {**attributes, COMMITS: 0, FILE_ID: name})
                 file.create_dataset("spec", data=spec, dtype=h5py.string_dtype(), track_order=True)
                 file["spec"].attrs["description"] = "the scan's specification, JSON"
                 for group in GROUPS:
                     _create_group(file, group, len(next(iter(curves.values()))) if group == "curves" else None)
                 _write(file, "curves", 0, curves)
+            self._journal.clear(name)
             self._next_snapshot = time.monotonic() + _SNAPSHOT_SECONDS
         except OSError as error:
-            self.leave()
+            self._give_up()
             raise UserError("out", self.path, f"cannot be created ({_line(error)})") from None
         except BaseException:
-            self.leave()
+            self._give_up()
             raise
+
+    def _give_up(self) -> None:
+        """Leaves no journal of a file that was never made, and that of another one as it was."""
+        if self._journal is not None and self._journal.new:
+            self.leave()
+        self.close()
 
     def _write(self, group: str, start: int, block: Block) -> None:
         self._operations.append(["write", group, start, block])
@@ -391,7 +406,9 @@ class HDF5Store(_TableStore):
 
 COMMITS = "commits"
 """Attribute of the root: commits that the file has taken in; those of the journal beyond it are newer."""
-RESERVED = ("schema_version", "title", "status", "started", "ended", "spec_digest", COMMITS)
+FILE_ID = "file_id"
+"""Attribute of the root: a name made of spec and start, by which the file and its journal know one another."""
+RESERVED = ("schema_version", "title", "status", "started", "ended", "spec_digest", COMMITS, FILE_ID)
 
 
 def apply(file: h5py.File, operations: Sequence[Operation]) -> None:
@@ -431,7 +448,8 @@ def with_journal(path: Path) -> Iterator[h5py.File]:
 def _image(path: Path, commits: Sequence[tuple[int, list[Operation]]]) -> Iterator[tuple[h5py.File, int]]:
     with h5py.File(path, "r", locking=False) as file:
         done = _count(file.attrs.get(COMMITS, 0))
-        newer = [(number, operations) for number, operations in commits if number > done]
+        own = owned(commits) == _name(file)  # not that of a file that had the name before
+        newer = [(number, operations) for number, operations in commits if own and number > done]
         if not newer:
             yield file, done
             return
@@ -442,6 +460,11 @@ def _image(path: Path, commits: Sequence[tuple[int, list[Operation]]]) -> Iterat
                 apply(file, operations)
                 done = number
         yield file, done
+
+
+def _name(file: h5py.File) -> str:
+    value = file.attrs.get(FILE_ID, "")
+    return value if isinstance(value, str) else ""
 
 
 def _count(value: Any) -> int:
@@ -523,6 +546,18 @@ def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
         # Only the attempt knows of read-only mounts, access lists and names that are too long.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         os.unlink(path)
+    except OSError as error:
+        raise UserError("out", path, f"cannot be written ({_line(error)})") from None
+
+
+def write_whole(path: Path, contents: bytes | memoryview) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        replace_file(path.with_name(f".{path.name[:200]}.next"), path, [contents])
     except OSError as error:
         raise UserError("out", path, f"cannot be written ({_line(error)})") from None
 

@@ -169,12 +169,15 @@ class Trainer:
                     results += self._settle(group, report, took)
         return results
 
-    def saved(self) -> tuple[list[ProbeResult], dict[Probe, Saved]]:
-        """Every run under way, as it is once all turns have ended, and the results that came meanwhile."""
-        results: list[ProbeResult] = []
+    def saved(self, take: Callable[[list[ProbeResult]], None]) -> dict[Probe, Saved]:
+        """Every run under way, as it is once all turns have ended.
+
+        Args:
+            take: is given the results that come meanwhile, at once.
+        """
         self._resting = True
         while self._working:
-            results += self._collected(None)
+            take(self._collected(None))
         self._resting = False
         found: dict[Probe, Saved] = {}
         now = time.perf_counter() - self._origin
@@ -186,7 +189,7 @@ class Trainer:
         for group in groups:
             self._dispatch(group)
         # Those that wait for a slot, to go on where an earlier part of the scan left them.
-        return results, found | self._begun
+        return found | self._begun
 
     @contextlib.contextmanager
     def _retreating(self, key: _Key, runs: Sequence[Run]) -> Iterator[None]:
@@ -229,17 +232,21 @@ class Trainer:
         for run in runs:
             self._seconds[run.probe] += took / len(runs)
         results = [self._timed(self._kept(group, position, result)) for position, result in report.ended]
-        arrived = self._arrived.pop(group.key, [])
+        # Taken off the list once a state has them: where memory does not reach for it, they are to be found there.
+        arrived = self._arrived.get(group.key, [])
         if report.ended:
             gone = {position for position, _ in report.ended}
             keep = [i for i in range(len(runs)) if i not in gone]
             if not keep:
                 if arrived:
-                    self._dispatch(self._group(group.key, group.backend, arrived))
+                    new = self._group(group.key, group.backend, arrived)
+                    del self._arrived[group.key]
+                    self._dispatch(new)
                 return results
             group.state = group.backend.select(group.state, keep)
         if arrived:
             group.state = group.backend.insert(group.state, arrived)
+            del self._arrived[group.key]
             group.checks = group.backend.checks_a_turn  # more models take longer
         self._dispatch(group)
         return results

@@ -102,7 +102,7 @@ def _no_spec(file: h5py.File) -> None:
     [
         (_delete, "/probes/outcome is missing"),
         (_shorten, "column /probes/n has shape"),
-        (_shorten_history, "/history is shorter than the 3 rows"),
+        (_shorten_history, "row 2 of /probes has history_start"),
         (_no_history, "/history/sample is missing"),
         (_group_for_column, "/curves/emc50 is missing"),
         (_matrix, "column /history/step has shape"),
@@ -334,3 +334,55 @@ def test_weights_that_claim_more_than_the_file_holds(tmp_path: Path) -> None:
             file.create_dataset(f"weights/{probe}/layers.0.bias", shape, dtype, chunks=True)
         with pytest.raises(UserError, match=rf"layers\.0\.bias {what}"):
             load(path).weights(probe)
+
+
+def _set(name: str, row: int, value: object) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        file[name][row] = value
+
+    return change
+
+
+def _attribute(name: str, value: object) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        file.attrs[name] = value
+
+    return change
+
+
+def _again(name: str, **how: object) -> Callable[[h5py.File], None]:
+    """Another data set of that name."""
+
+    def change(file: h5py.File) -> None:
+        del file[name]
+        file.create_dataset(name, **how)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (_attribute("extended_from", 3), "attribute extended_from has type"),
+        (_attribute("extended_from", np.zeros(3)), "attribute extended_from has type"),
+        (_attribute("extended_from", "3"), "its spec cannot be read"),
+        (_attribute("curvature_runs", "x"), "attribute curvature_runs has type"),
+        (_attribute("save_weights", np.ones(2)), "attribute save_weights has type"),
+        (_set("probes/outcome", 0, "foo"), "row 0 of /probes has outcome foo"),
+        (_set("probes/variant", 1, 77), "row 1 of /probes has variant 77"),
+        (_set("probes/variant", 1, -1), "row 1 of /probes has variant -1"),
+        (_set("probes/n", 0, 0), "row 0 of /probes has n 0"),
+        (_set("probes/history_start", 0, -(10**12)), "row 0 of /probes has history_start"),
+        (_set("probes/history_count", 0, 2**63 - 1), "row 0 of /probes has history_start"),
+        (_again("spec", shape=(10**9,), dtype=h5py.string_dtype(), chunks=True), "/spec is no text"),
+        (_again("spec", data=1.5), "/spec is no text"),
+        (_again("curves/arch", shape=(4,), dtype="S100000000", chunks=(1,)), "column /curves/arch has type"),
+        (_again("probes/n", data=["a", "b", "c"]), "column /probes/n has type"),
+    ],
+)
+def test_files_that_others_have_made(path: Path, change: Callable[[h5py.File], None], why: str) -> None:
+    with h5py.File(path, "r+") as file:
+        change(file)
+    with pytest.raises(UserError, match=why) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)

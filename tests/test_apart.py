@@ -2,8 +2,11 @@
 
 import os
 import signal
+import socket
+import threading
 import time
 from dataclasses import replace
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pandas as pd
@@ -13,6 +16,7 @@ import torch
 import fasttrain
 from fasttrain import ScanSpec
 from fasttrain import prepare as module
+from fasttrain.backends import apart
 from fasttrain.backends.apart import ApartBackend, Processes
 from fasttrain.backends.base import Run, Setting
 from fasttrain.records import Probe, Problem
@@ -141,3 +145,29 @@ def test_no_process_outlives_its_scan(monkeypatch):
     for pid in started:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_want_of_memory_in_a_process_is_told_as_such(monkeypatch):
+    """And what the process held of the state is gone; another error is another one."""
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(apart.signal, "signal", lambda *_: None)  # the server runs in a thread here
+    forgotten = []
+    monkeypatch.setattr(apart._Held, "forget", lambda self, number: forgotten.append(number))
+    errors = iter([MemoryError("Unable to allocate 8 TiB"), RuntimeError("can't allocate memory"), ValueError("no")])
+
+    def fails(self, *_):
+        raise next(errors)
+
+    monkeypatch.setattr(apart._Held, "run", fails)
+    threads = torch.get_num_threads()
+    server = threading.Thread(target=apart.serve, args=(theirs.detach(),))
+    server.start()
+    worker = apart._Worker.__new__(apart._Worker)
+    worker._connection, worker._one = Connection(ours.detach()), threading.Lock()
+    for number, expected in ((3, MemoryError), (4, MemoryError), (5, RuntimeError)):
+        with pytest.raises(expected, match="in a worker process"):
+            worker.ask(("run", None, number, [], 0))
+    worker._connection.close()
+    server.join()
+    torch.set_num_threads(threads)
+    assert forgotten == [3, 4, 5]

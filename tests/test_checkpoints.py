@@ -283,8 +283,7 @@ def test_workers_hand_over_what_they_hold():
         results, saved = [], {}
         while not trainer.idle:
             results += trainer.advance()
-            more, saved = trainer.saved()
-            results += more
+            saved = trainer.saved(results.extend)
             assert len(saved) == trainer.running
             assert not {r.probe for r in results} & saved.keys()
         trainer.close()

@@ -9,6 +9,7 @@ import pytest
 from test_search import VARIANT, result, world
 
 import fasttrain
+import fasttrain.extending
 from fasttrain import ScanSpec, UserError
 from fasttrain import run as module
 from fasttrain.cli import main
@@ -291,3 +292,21 @@ def _played(search):
         rounds.append(tuple(search.ask()))
         search.tell([result(probe, world(50.0)(probe)) for probe in rounds[-1]])
     return rounds
+
+
+def test_a_file_that_another_extends_meanwhile_is_left_as_that_made_it(copy, monkeypatch):
+    original = fasttrain.extending.prepare
+    done = []
+
+    def slow(spec):
+        if not done:
+            done.append(1)
+            fasttrain.extend(copy, {"seeds": 20})
+        return original(spec)
+
+    monkeypatch.setattr(fasttrain.extending, "prepare", slow)
+    with pytest.raises(UserError, match="has been changed meanwhile; try again"):
+        fasttrain.extend(copy, MORE)
+    assert fasttrain.load(copy).spec.seeds == 20
+    assert [p.name for p in copy.parent.iterdir()] == ["emc.h5"]
+    assert fasttrain.extend(copy, MORE).spec.widths == (2, 3, 5)

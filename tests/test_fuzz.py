@@ -280,7 +280,8 @@ def test_journals(tmp_path, examples):
         if whole:  # a good checksum, and nonsense behind it
             with contextlib.suppress(ValueError, UnicodeEncodeError):
                 text = json.dumps([1, made_up]).encode()
-                contents = b"%08x %b\n" % (zlib.crc32(text), text)
+                owner = good[: good.index(b"\n") + 1]  # without it, it is of another file
+                contents = owner + b"%08x %b\n" % (zlib.crc32(text), text)
         journal_path(path).write_bytes(contents)
         with in_time(), contextlib.suppress(UserError):
             fasttrain.load(Path(path))

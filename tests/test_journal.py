@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasttrain.errors import UserError
@@ -57,6 +57,7 @@ def test_a_line_cut_anywhere_is_no_commit_and_what_follows_is_none_either(path):
         assert len(read_commits(path)) == sum(end <= size for end in ends)
 
 
+@settings(deadline=None)  # a sync may take long
 @given(st.integers(0, 10**6), st.integers(1, 255))
 def test_a_changed_byte_ends_the_journal_before_its_line(tmp_path_factory, place, change):
     path = tmp_path_factory.getbasetemp() / "changed.h5"

@@ -235,3 +235,17 @@ def test_from_the_command_line(file, tmp_path, monkeypatch, capsys):
         assert what in capsys.readouterr().err
     assert main(["plot"]) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["emc-params.png", "two.pdf"]
+
+
+def test_linear_classifiers_have_no_width(results):
+    linear = fasttrain.scan(ScanSpec(**SMALL, depths=(0,)))
+    with pytest.raises(UserError, match="only linear classifiers"):
+        plot(linear, "width")
+    [axes] = plot([results, linear], "width", selection="classes=2").axes
+    assert axes.get_xticks().tolist() == [3, 5]
+    assert len(plot(linear, "params").axes) == 1
+
+
+def test_a_title_is_no_formula(results, tmp_path):
+    plot(results, title=r"cost in $\undefined, 5 $", out=tmp_path / "a.svg")
+    assert r"cost in $\undefined, 5 $" in (tmp_path / "a.svg").read_text()

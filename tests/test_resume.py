@@ -304,3 +304,55 @@ def test_follow_shows_a_file_grow_and_ends_with_its_scan(tmp_path, monkeypatch, 
     assert "EMC50" in out
     assert main(["show", str(path), "--follow", "--estimator", "emc50"]) == 2
     assert "--follow" in capsys.readouterr().err
+
+
+def test_an_error_on_the_way_releases_the_file(tmp_path, monkeypatch, unbroken):
+    path = tmp_path / "emc.h5"
+    monkeypatch.setattr(module, "_REPORT_SECONDS", 0.0)
+    stopped(path, 30)
+    before = fasttrain.load(path)
+
+    def broken(*_):
+        raise RuntimeError("no search")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "make_search", broken)
+        with pytest.raises(RuntimeError, match="no search"):
+            fasttrain.resume(path)
+    pd.testing.assert_frame_equal(fasttrain.load(path).probes, before.probes, check_exact=True)
+    assert_same(fasttrain.resume(path), unbroken)
+
+
+def test_the_time_limit_holds_while_curvature_is_measured(tmp_path, monkeypatch, unbroken):
+    path = tmp_path / "emc.h5"
+    fasttrain.scan(ScanSpec(**SMALL), out=path, save_weights=True)
+    # As if it had been asked for curvature, and killed before that.
+    with h5py.File(path, "r+") as file:
+        file.attrs["curvature_runs"], file.attrs["status"] = 2, "interrupted"
+    original = module._Scan._between_products
+
+    def slow(self):
+        time.sleep(0.3)
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Scan, "_between_products", slow)
+        assert fasttrain.resume(path, time_limit=0.5).attrs["status"] == "interrupted"
+    assert_same(fasttrain.resume(path), unbroken)
+
+
+def test_two_verdicts_on_one_run_are_one_line(tmp_path, monkeypatch):
+    path = tmp_path / "emc.h5"
+    monkeypatch.setattr(module, "_REPORT_SECONDS", 0.0)
+    stopped(path, 30)
+    with h5py.File(path, "r+") as file:
+        outcome = file["probes/outcome"].asstr()[:]
+        fitted, failed = (int(np.flatnonzero(outcome == which)[0]) for which in ("fitted", "out_of_budget"))
+        for column in ("variant", "n", "seed"):
+            file[f"probes/{column}"][failed] = file[f"probes/{column}"][fitted]
+    before = path.read_bytes()
+    assert main(["resume", str(path), "--quiet"]) == 2
+    assert main(["extend", str(path), "--seeds", "20", "--quiet"]) == 2
+    assert fasttrain.load(path).attrs["status"] == "interrupted"
+    assert len(path.read_bytes()) == len(before)
+    assert [each.name for each in tmp_path.iterdir()] == ["emc.h5"]

@@ -521,3 +521,61 @@ def test_the_document_lists_what_older_versions_lack(since: int, title: str) -> 
         if c.since == since and group != "curvature" and c.default is not None
     }
     assert listed == {name: said.get(value, value) for name, value in lacked.items()}
+
+
+def abandoned(path: Path, **changes: object) -> None:
+    """A file of a scan that was killed: one run in its journal alone."""
+    store = HDF5Store(path, overwrite=False)
+    store.begin(dataclasses.replace(SPEC, **changes), PROBLEMS, CONDITIONS)
+    store.append([result(0)])
+    store.close()
+    with h5py.File(path) as file:
+        assert len(file["probes/n"]) == 0
+
+
+def test_replacing_a_file_in_vain_loses_nothing_of_it(path: Path) -> None:
+    abandoned(path)
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        with pytest.raises(UserError, match="cannot be created"):
+            HDF5Store(path, overwrite=True).begin(SPEC, PROBLEMS, CONDITIONS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert len(load(path).probes) == 1
+
+
+def test_killed_while_replacing_a_file_there_is_one_of_the_two(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the new file's name and the end of the old journal, the old runs are not taken for the new file's."""
+    abandoned(path, seed=1)
+
+    def killed(self: object, of: object = None) -> None:
+        raise KeyboardInterrupt
+
+    store = HDF5Store(path, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("fasttrain.journal.Journal.clear", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.begin(SPEC, PROBLEMS, CONDITIONS)
+    results = load(path)
+    assert results.spec == SPEC
+    assert len(results.probes) == 0
+
+
+def test_a_journal_is_of_its_own_file_alone(path: Path) -> None:
+    """Another file gets the name of one whose journal is still there."""
+    abandoned(path)
+    other = path.with_name("other.h5")
+    fill_one = HDF5Store(other, overwrite=False)
+    fill_one.begin(dataclasses.replace(SPEC, seed=9), PROBLEMS, CONDITIONS)
+    fill_one.finish("interrupted", {})
+    fill_one.close()
+    kept = journal_path(path).read_bytes()
+    shutil.copy(other, path)
+    results = load(path)
+    assert results.spec.seed == 9
+    assert len(results.probes) == 0
+    with pytest.raises(UserError, match="is of another file; move it away"):
+        HDF5Store.reopened(path)
+    assert journal_path(path).read_bytes() == kept

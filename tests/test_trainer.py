@@ -481,3 +481,35 @@ def test_buckets_are_those_of_the_backend() -> None:
     assert made == [16]
     ((_, _, probes),) = log.stepped
     assert len({probe.variant for probe in probes}) == 3
+
+
+class Scarce(FakeBackend):
+    """In threads; memory does not reach for the first insertion."""
+
+    in_threads = True
+    failed = 0
+
+    def run(self, state: FakeState, until_step: int) -> Report:
+        time.sleep(0.02)  # so that others arrive while it is at work
+        return super().run(state, until_step)
+
+    def insert(self, state: FakeState, runs: Sequence[Run]) -> FakeState:
+        if not Scarce.failed:
+            Scarce.failed = len(runs)
+            raise MemoryError
+        return super().insert(state, runs)
+
+
+def test_runs_that_arrive_when_memory_gives_out_are_not_lost() -> None:
+    Scarce.failed = 0
+    trainer, log = setup(8)
+    trainer._make_backend = lambda _, variant: Scarce(variant, log)
+    probes = [Probe(0, 2 + k, 5 + k) for k in range(8)]
+    trainer.submit(probes[:2])
+    results = trainer.advance()
+    trainer.submit(probes[2:])
+    results += drive(trainer)
+    trainer.close()
+    assert Scarce.failed == 6
+    assert trainer.load.retreats == 1
+    assert sorted(result.probe.n for result in results) == list(range(2, 10))

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from fasttrain.backends.base import Backend, Report, Run, Setting
+from fasttrain.machine import out_of_memory
 from fasttrain.records import Probe, Problem, Saved
 from fasttrain.spec import Variant
 
@@ -78,7 +79,8 @@ class _Worker:
         """The answer to a request; the threads that ask take turns.
 
         Raises:
-            RuntimeError: the request failed there, or the process has ended.
+            MemoryError: the request failed there for want of memory; its state is gone.
+        RuntimeError: it failed for another reason, or the process has ended.
         """
         try:
             with self._one:
@@ -88,7 +90,8 @@ class _Worker:
             status = self._process.wait()
             raise RuntimeError(f"a worker process ended (status {status})") from None
         if not good:
-            raise RuntimeError(f"in a worker process: {answer}")
+            memory, told = answer
+            raise (MemoryError if memory else RuntimeError)(f"in a worker process: {told}")
         return answer
 
     def kill(self) -> None:
@@ -178,8 +181,9 @@ def serve(descriptor: int) -> None:
         try:
             what, *asked = request
             answer = True, (held.run if what == "run" else held.saved)(*asked)
-        except Exception:  # whatever it is, it is told to who asked
-            answer = False, traceback.format_exc()
+        except Exception as error:  # whatever it is, it is told to who asked
+            answer = False, (out_of_memory(error), traceback.format_exc())
+            held.forget(request[2])
         connection.send(answer)
 
 
@@ -207,6 +211,10 @@ class _Held:
         """Follows orders on a state, and gives what its runs go on from."""
         backend, state = self._followed(made, number, orders)
         return backend.saved(state)
+
+    def forget(self, number: int) -> None:
+        """Drops a state: what comes after an error has another number."""
+        self._states.pop(number, None)
 
     def _followed(self, made: _Made, number: int, orders: Sequence[_Order]) -> tuple[Backend[Any], Any]:
         from fasttrain.backends import make_backend
