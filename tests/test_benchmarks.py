@@ -106,6 +106,7 @@ def test_profile_of_the_compiled_kernels_shares_a_step_out_to_its_phases() -> No
     assert sum(phases) < time.perf_counter() - begin
 
 
+@pytest.mark.slow
 def test_batching_writes_its_rows_after_a_check(monkeypatch, tmp_path):
     arguments = ["batching", "--quick", "--repeats", "1", "--out", str(tmp_path)]
     done = CliRunner().invoke(main, arguments, catch_exceptions=False)

@@ -29,7 +29,7 @@ from fasttrain.spec import read_toml
 
 FIELDS = [field.name for field in dataclasses.fields(ScanSpec)]
 HOW_MANY = [
-    pytest.param(150, id="some"),
+    pytest.param(100, id="some"),
     pytest.param(2500, id="many", marks=pytest.mark.slow),
 ]
 _SECONDS = 20  # in which every one of these is over
@@ -213,7 +213,7 @@ def test_data(tmp_path, suffix, make, examples):
 
 
 @pytest.mark.parametrize(
-    "examples", [pytest.param(60, id="some"), pytest.param(1000, id="many", marks=pytest.mark.slow)]
+    "examples", [pytest.param(40, id="some"), pytest.param(1000, id="many", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("kind", ["data", "results"])
 def test_hdf5(tmp_path, kind, examples):
@@ -250,7 +250,7 @@ def test_hdf5(tmp_path, kind, examples):
     assert sum(end < 0 for end in ends) <= len(ends) // 50
 
 
-@pytest.mark.parametrize("examples", [pytest.param(50, id="some"), HOW_MANY[1]])
+@pytest.mark.parametrize("examples", [pytest.param(30, id="some"), HOW_MANY[1]])
 def test_journals(tmp_path, examples):
     path = tmp_path / "emc.h5"
     stop = {"after": 2}

@@ -68,7 +68,7 @@ def told(results: list[ProbeResult]) -> dict:
 WANTED, ESTIMATES, _ = scanned(slots=1, workers=1, threads=False, seed=0)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(st.integers(1, 40), st.integers(1, 3), st.booleans(), st.integers(0, 2**32))
 def test_every_probe_runs_once_and_all_is_the_same(slots, workers, threads, seed):
     results, estimates, most = scanned(slots, workers, threads, seed)
