@@ -247,9 +247,9 @@ class GroupedCommand(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(context):
             record = parameter.get_help_record(context)
-            if record is not None:
+            if record is not None and not isinstance(parameter, click.Argument):
                 heading = parameter.group if isinstance(parameter, _SpecOption) else "Run"
                 sections.setdefault(heading, []).append(record)
-        for heading, records in sections.items():
+        for heading, records in sorted(sections.items(), key=lambda section: section[0] == "Run"):
             with formatter.section(heading):
                 formatter.write_dl(records, col_max=34)

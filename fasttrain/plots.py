@@ -142,7 +142,7 @@ def plot(
         figure = figure_of(figsize=(width, tall), layout="constrained")
         KINDS[kind](figure, series, interval, probes)
         if title:
-            figure.suptitle(_plain(title), fontsize=_STYLE["axes.titlesize"])
+            figure.axes[0].set_title(_plain(title))
     if out is not None:
         save(figure, out, overwrite=overwrite)
     return figure
@@ -277,9 +277,11 @@ def _scaling(kind: str) -> Callable[..., None]:
                 if each.estimate.censored in ("above", "below"):
                     above = each.estimate.censored == "above"
                     bound = float(each.row["n_max" if above else "n_min"])
+                    # Of growing size: those of several series at one place are seen.
+                    size = 5 + 3 * (number % 4)
                     axes.plot(
-                        [float(each.row[kind])], [bound], marker="^" if above else "v", markersize=6, fillstyle="none",
-                        color=looks["color"], linestyle="none",
+                        [float(each.row[kind])], [bound], marker="^" if above else "v", markersize=size,
+                        fillstyle="none", color=looks["color"], linestyle="none", clip_on=False,
                     )  # fmt: skip
                     drawn += [bound]
         if not drawn:
