@@ -85,7 +85,7 @@ def test_scan_compares_with_the_script(tmp_path) -> None:
     assert done.exit_code == 0, done.output
     facts = json.loads((tmp_path / "scan.json").read_text(encoding="utf-8"))
     assert facts["ratio"] == pytest.approx(facts["script_seconds"] / facts["scan_seconds"])
-    assert 0 < facts["sampled"] <= 8
+    assert 0 < facts["sampled"] <= 16  # eight at the full budget, and as many short ones
     assert [row["variants"] for row in facts["growth"]] == [1, 2]
 
 
