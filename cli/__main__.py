@@ -2,6 +2,6 @@
 
 import sys
 
-from fasttrain.cli import main
+from fasttrain.cli import run
 
-sys.exit(main())
+sys.exit(run())
