@@ -307,3 +307,37 @@ def test_from_the_command_line(tmp_path, unbroken):
     assert checkpoint_path(path).exists()
     assert main(["resume", str(path), "--quiet", "--checkpoint", "10m"]) == 0
     pd.testing.assert_frame_equal(fasttrain.load(path).curves, unbroken.curves, check_exact=True)
+
+
+def test_a_complete_scan_and_its_end_leave_no_checkpoint(tmp_path, monkeypatch, unbroken):
+    """Killed between the end of a scan and that of its checkpoint; and inside of the writing of one."""
+    path = tmp_path / "emc.h5"
+    killed(path, monkeypatch, 7)
+    left = tmp_path / ".emc.h5.checkpoint.next"
+    left.write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "drop", lambda path: None)
+        fasttrain.resume(path)
+    assert checkpoint_path(path).exists()
+    assert_same(fasttrain.resume(path), unbroken)
+    assert [each.name for each in tmp_path.iterdir()] == ["emc.h5"]
+
+
+def test_what_has_ended_is_committed_before_a_checkpoint_forgets_it(tmp_path, monkeypatch):
+    path = tmp_path / "emc.h5"
+    seen = []
+
+    def look(where, own, runs):
+        seen.append(len(fasttrain.load(where).probes))
+        done.append(scans[0].done)
+        raise MemoryError  # which stops no scan either
+
+    done, scans = [], []
+    start = module._Scan.run
+    monkeypatch.setattr(module._Scan, "run", lambda self: (scans.append(self), start(self))[1])
+    monkeypatch.setattr(checkpoints, "keep", look)
+    monkeypatch.setattr(module, "_CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(module, "_COMMIT_SECONDS", 1e9)
+    assert fasttrain.scan(LONG, out=path, checkpoint=1e-6).attrs["status"] == "complete"
+    assert max(seen) > 0
+    assert seen == done

@@ -194,3 +194,19 @@ def test_from_the_command_line(results, tmp_path, capsys):
     assert len(pd.read_csv(out)) == rows
     assert main(["export", str(results.path), "--out", str(out)]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_what_fails_half_way_leaves_the_file_of_before(results, tmp_path, monkeypatch):
+    def full(temporary, path, contents, new=False):
+        raise OSError(28, "No space left on device")
+
+    for name, write in (("a.csv", export), ("a.png", lambda found, out, **how: fasttrain.plot(found, out=out, **how))):
+        out = tmp_path / name
+        write(results, out)
+        before = out.read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr("fasttrain.store.replace_file", full)
+            with pytest.raises(UserError, match=r"cannot be written \(No space left"):
+                write(results, out, overwrite=True)
+        assert out.read_bytes() == before
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.csv", "a.png"]
