@@ -93,6 +93,20 @@ def _commands(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
+def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What whatever trains can be told of its course."""
+    limit = "Stop cleanly after so long: 3600s, 90m, 11.5h, 2d."
+    keep = "Every so often put the runs under way on the disk too, so that resume goes on with them: for long runs."
+    quiet = "Print the final table and errors only, no progress."
+    for option in (
+        click.option("--quiet", is_flag=True, help=quiet),
+        click.option("--checkpoint", metavar="TIME", help=keep),
+        click.option("--time-limit", metavar="TIME", help=limit),
+    ):
+        command = option(command)
+    return command
+
+
 @_commands.command(
     "scan", cls=GroupedCommand, epilog=EXAMPLES, short_help="Train and measure EMC50 of one or many variants."
 )
@@ -109,14 +123,7 @@ def _commands(context: click.Context) -> None:
     help="After the search, train the K runs of each variant nearest to EMC50 once more, and keep the gradient norm, "
     "the slope of the loss and the extreme Hessian eigenvalues where they ended. No other number depends on them.",
 )
-@click.option("--time-limit", metavar="TIME", help="Stop cleanly after so long: 3600s, 90m, 11.5h, 2d.")
-@click.option(
-    "--checkpoint",
-    metavar="TIME",
-    help="Every so often put the runs under way on the disk too, so that resume goes on with them: for runs that take "
-    "long.",
-)
-@click.option("--quiet", is_flag=True, help="Print the final table and errors only, no progress.")
+@_run_options
 @click.option("--dry-run", is_flag=True, help="Print the variants, memory and cost; train and write nothing.")
 @click.pass_context
 def _scan(
@@ -170,14 +177,7 @@ def _scan(
 @_commands.command("resume", epilog=_RESUME_EXAMPLES)
 @click.argument("file")
 @click.option("--spec", "spec_file", metavar="FILE", help="TOML file: an error if the scan was asked for another.")
-@click.option("--time-limit", metavar="TIME", help="Stop cleanly after so long: 3600s, 90m, 11.5h, 2d.")
-@click.option(
-    "--checkpoint",
-    metavar="TIME",
-    help="Every so often put the runs under way on the disk too, so that resume goes on with them: for runs that take "
-    "long.",
-)
-@click.option("--quiet", is_flag=True, help="Print the final table and errors only, no progress.")
+@_run_options
 def _resume(file: str, spec_file: str | None, time_limit: str | None, checkpoint: str | None, quiet: bool) -> int:
     """Go on with a scan that was killed, interrupted or stopped by its time limit.
 
@@ -206,14 +206,7 @@ def _resume(file: str, spec_file: str | None, time_limit: str | None, checkpoint
 @extension_options
 @click.option("--out", metavar="FILE", help="Write another file; by default FILE itself is replaced.")
 @click.option("--overwrite", is_flag=True, help="Replace the other file if it exists.")
-@click.option("--time-limit", metavar="TIME", help="Stop cleanly after so long: 3600s, 90m, 11.5h, 2d.")
-@click.option(
-    "--checkpoint",
-    metavar="TIME",
-    help="Every so often put the runs under way on the disk too, so that resume goes on with them: for runs that take "
-    "long.",
-)
-@click.option("--quiet", is_flag=True, help="Print the final table and errors only, no progress.")
+@_run_options
 @click.pass_context
 def _extend(
     context: click.Context,

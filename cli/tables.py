@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fasttrain.wording import (
     BEYOND,
     LOSERS,
     SETTINGS,
+    Row,
     curve_cells,
     meaningless,
     setting_text,
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     import pandas
 
     from fasttrain import Preview, Rerun, Results
-
-Row = Mapping[str, Any]
 
 _STATUS = {
     "complete": "complete",
